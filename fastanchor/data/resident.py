@@ -1,0 +1,63 @@
+"""A whole split on the device as uint8: 154 MB for CIFAR-10, so that no loader and no copy stands in a step's way."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastanchor.data.sources import Split
+from fastanchor.errors import UserError
+
+Batch = tuple[Tensor, Tensor, Tensor]  # indices int64 (B,), images uint8 (B, H, W, 3), labels int64 (B,)
+
+
+class ResidentSplit:
+    """A split's images, uint8 (N, H, W, 3), and labels, int64 (N,), kept on `device`."""
+
+    def __init__(self, split: Split, device: torch.device | str):
+        self.device = torch.device(device)
+        self.images = split.images.to(self.device).contiguous()
+        self.labels = split.labels.to(self.device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def number_of_batches(self, batch_size: int, drop_last: bool) -> int:
+        """Batches in an epoch. UserError for a batch size below 1, or one that with drop_last leaves no batch at all."""
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size} and must be at least 1")
+        if drop_last and batch_size > len(self):
+            raise UserError(
+                f"batch size is {batch_size} and must be at most {len(self)}, the number of images, "
+                "since an incomplete last batch is dropped"
+            )
+        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+
+    def epoch(self, batch_size: int, *, generator: torch.Generator | None, drop_last: bool) -> Iterator[Batch]:
+        """One pass over the split in batches that lie on the device: (indices, images, labels).
+
+        generator: a CPU generator from which the order is drawn by this call (not by the first batch), so that it is
+        the same on every device; None keeps the original order, and the batches are then views of the split, to be
+        read only. The order crosses to the device in one transfer an epoch. drop_last: leave an incomplete batch out.
+        Raises UserError as `number_of_batches` does, ValueError for a generator of another device.
+        """
+        batches = self.number_of_batches(batch_size, drop_last)
+        if generator is None:
+            return self._in_order(batches, batch_size)
+        if generator.device.type != "cpu":
+            raise ValueError(f"the order of an epoch is drawn from a CPU generator, not from one on {generator.device}")
+        order = torch.randperm(len(self), generator=generator)
+        if self.device.type == "cuda":
+            order = order.pin_memory()
+        return self._shuffled(order.to(self.device, non_blocking=True), batches, batch_size)
+
+    def _in_order(self, batches: int, batch_size: int) -> Iterator[Batch]:
+        indices = torch.arange(len(self), device=self.device)
+        for i in range(batches):
+            piece = slice(i * batch_size, (i + 1) * batch_size)
+            yield indices[piece], self.images[piece], self.labels[piece]
+
+    def _shuffled(self, order: Tensor, batches: int, batch_size: int) -> Iterator[Batch]:
+        for i in range(batches):
+            indices = order[i * batch_size : (i + 1) * batch_size]
+            yield indices, self.images.index_select(0, indices), self.labels.index_select(0, indices)
