@@ -1,0 +1,29 @@
+"""Image classifiers that take pixels in [0, 1]: backbones, the composed model and its registry."""
+
+from fastanchor.models.classifier import (
+    HEADS,
+    MODELS,
+    Normalize,
+    RobustClassifier,
+    build_model,
+    mac_count,
+    parameter_count,
+)
+from fastanchor.models.resnet import Backbone, BasicBlock, PreActBlock, preactresnet18, resnet18
+from fastanchor.models.wideresnet import wide_resnet
+
+__all__ = [
+    "HEADS",
+    "MODELS",
+    "Backbone",
+    "BasicBlock",
+    "Normalize",
+    "PreActBlock",
+    "RobustClassifier",
+    "build_model",
+    "mac_count",
+    "parameter_count",
+    "preactresnet18",
+    "resnet18",
+    "wide_resnet",
+]
