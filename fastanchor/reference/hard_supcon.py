@@ -1,0 +1,444 @@
+"""Hardness-weighted supervised contrastive loss: the dense definition that every faster implementation must match.
+
+Plain PyTorch, N x M matrices, differentiable by autograd, fp64-capable, no host reads. It is also the CPU implementation.
+
+Definition
+----------
+Anchors i = 1..N with head outputs u_i, labels y_i and view ids v_i; keys a = 1..M are the same rows, or the rows of
+`ref_embeddings`. z = u / ||u||, s_ia = z_i . z_a, l_ia = s_ia / tau. "a is i" below is the self pair; it exists only
+when the keys are the anchors themselves, and it is told by index, never by value: a duplicate of row i is a normal pair.
+
+    positives      P(i) = {p : p is not i, y_p = y_i, C[v_i, v_p] > 0, and the same instance id where `instances` is given}
+    denominator    A(i) = {a : a is not i, D[v_i, v_a] != 0}
+    negatives      N(i) = {a in A(i) : y_a != y_i}
+    C (`positive_coef`) and D (`denominator_mask`) are all ones when absent; they need not be symmetric.
+
+Weights: w_ip = C[v_i, v_p] h(s_ip) for p in P(i), 0 elsewhere, phi = log h:
+
+    uniform   h = 1
+    exp       h = exp(-beta s)               phi' = -beta                    beta > 0: hard positives, beta < 0: easy ones
+    pow       h = (1 - s + POW_EPS)^gamma    phi' = -gamma / (1 - s + POW_EPS)    (1 - s is clamped at 0)
+    topk      h = 1 if s <= theta_i else 0   phi' = 0       theta_i midway between the k-th and (k+1)-th smallest s_ip;
+              +inf if |P(i)| <= k. Uniform over the selected; positives tied with the k-th are all selected.
+
+    w_bar_ip = w_ip exp(-Lambda_i):   Lambda_i = log sum_p w_ip  (`sum`)   or   log |P(i)|  (`count`; P before top-k)
+    omega_i = sum_p w_bar_ip          (1 for `sum`)
+
+Loss of row i, with lse_i over A(i) for `all` and over N(i) for `pairwise` and `negatives`:
+
+    all, negatives   f_ip = lse_i - l_ip                L_i = sum_p w_bar_ip f_ip = omega_i lse_i - sum_p w_bar_ip l_ip
+    pairwise         f_ip = softplus(lse_i - l_ip)      each positive competes with the negatives only
+
+`hard_negative_beta` b adds the constant (detached) bias b s_in + log |N(i)| - log sum_{n in N(i)} exp(b s_in) to l_in of the
+negatives inside lse_i: mean weight 1, more on near negatives.
+
+A row is valid if it is an anchor, P(i) is not empty and the set of lse_i is not empty. Other rows have loss exactly 0 and no
+gradient as anchors (they still act as keys). The result is `scale` times
+sum_i L_i / N_valid (`mean_valid`; 0 if no row is valid), sum_i L_i / N_anchors (`mean_all`), sum_i L_i (`sum`) or the vector
+L_i (`none`).
+
+Gradient
+--------
+g_i = `scale` x upstream gradient of L_i, q_ia = exp(l_ia + bias_ia - lse_i) on the set of lse_i, sigma the logistic function:
+
+    G_ia = dL/ds_ia = (g_i / tau) (kappa_i q_ia - w_bar_ia r_ia)  [+ g_i w_bar_ia phi'_ia (f_ia - [sum] L_i)  weights attached]
+    all, negatives:  r = 1, kappa_i = omega_i        pairwise:  r_ip = sigma(lse_i - l_ip), kappa_i = sum_p w_bar_ip r_ip
+
+[sum] is 1 for the normaliser `sum`, 0 for `count`. For `all` with `sum` the attached form is the familiar
+(g_i / tau)(q_ia - w_bar_ia [1 + phi'(s_ia - s_bar_i)]), s_bar_i = sum_p w_bar_ip s_ip.
+dZ_anchor = G Z_key, dZ_key = G^T Z_anchor; dZ = (G + G^T) Z when both are one tensor, G Z with `detach_keys`.
+dU_i = (dZ_i - (z_i . dZ_i) z_i) / ||u_i||.
+
+Detached exp weights (`sum`, `all` or `negatives`) are the exact gradient of `soft_min_supcon`. Attached exp weights push away
+easy positives with s_ip > s_bar_i + 1 / beta: keep beta below about 2 there.
+
+Rules
+-----
+A row with ||u|| <= ZERO_NORM is a zero row: z = 0, similarity 0 to every row, gradient exactly 0.
+fp16 and bf16 inputs are computed in fp32 and so is the result; autocast does not reach the similarities. On CUDA their product
+follows torch's TF32 setting.
+`sum` weights and every log-sum-exp are shifted by their row maximum. `count` weights cannot be: |beta| <= 80 in fp32.
+
+Special cases
+-------------
+    SupCon L_out (Khosla et al.)       weight="uniform"
+    SupContrast's code                 SupCon with reduction="mean_all", scale=tau / 0.07
+    pytorch-metric-learning SupCon     SupCon with mean_valid; it averages rows of non-zero loss and returns 0 for a batch that
+                                       has no positive or no negative pair at all
+    NT-Xent (SimCLR)                   SupCon with instance ids as labels
+    ASCL, cosine similarity, "all"     SupCon with tau = 0.2, reduction="mean_all" (its `leaking`, `hard` and `soft` selections
+                                       need predicted labels and are not covered)
+    SupRobCon                          uniform, anchors adversarial, keys clean, denominator="pairwise"
+    C-LEAD joint                       uniform, denominator="pairwise", `instances` given: own counterpart is the only positive
+    hardest positive only              weight="topk", k=1
+    RoCL's detached keys               detach_keys=True
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastanchor.errors import UserError, did_you_mean
+
+WEIGHTS = ("uniform", "exp", "pow", "topk")
+NORMALIZERS = ("sum", "count")
+DENOMINATORS = ("all", "pairwise", "negatives")
+REDUCTIONS = ("mean_valid", "mean_all", "sum", "none")
+
+ZERO_NORM = 1e-12  # F.normalize's threshold, but without its 1 / 1e-12 gradient
+POW_EPS = 1e-6  # about ten roundings of s near 1 in fp32, so the weight of a duplicate does not depend on rounding
+
+
+class Pairs(NamedTuple):
+    """All that the loss reads about pairs; (N, M) unless said otherwise."""
+
+    similarity: Tensor  # s
+    positive: Tensor  # P, empty in rows that are not anchors
+    denominator: Tensor  # A
+    negative: Tensor  # N
+    log_coef: Tensor | float  # log C[v_i, v_p], or 0.0
+    anchor: Tensor | None  # (N,) bool, or None: all rows
+
+
+def hard_supcon(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    beta: float | Tensor = 2.0,
+    weight: str = "exp",
+    gamma: float = 1.0,
+    k: int = 8,
+    detach_weights: bool = True,
+    normalizer: str = "sum",
+    denominator: str = "all",
+    hard_negative_beta: float = 0.0,
+    views: Tensor | None = None,
+    positive_coef: Tensor | None = None,
+    denominator_mask: Tensor | None = None,
+    instances: Tensor | None = None,
+    anchors: Tensor | int | Sequence[int] | None = None,
+    detach_keys: bool = False,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    ref_views: Tensor | None = None,
+    ref_instances: Tensor | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean_valid",
+) -> Tensor:
+    """The loss of the module docstring.
+
+    embeddings (N, D) floating, labels (N,) integer, not normalised. `beta` may be a 0-d tensor, for a warm-up inside a captured
+    graph. `beta` is read by exp, `gamma` by pow, `k` by topk.
+    views, instances (N,) integer; positive_coef, denominator_mask (V, V) tensors indexed [anchor's view, key's view], view ids in
+    [0, V) (not checked: that would read the device). anchors: (N,) bool, or the view id or ids of the rows that act as anchors.
+    ref_embeddings (M, D), ref_labels, ref_views, ref_instances (M,): keys other than the anchors; no pair is then a self pair.
+    Returns a 0-d tensor, or (N,) for reduction="none"; fp64 if an input is fp64, else fp32.
+    Raises UserError (a ValueError) for a bad argument.
+    """
+    check_options(
+        temperature=temperature,
+        beta=beta,
+        weight=weight,
+        gamma=gamma,
+        k=k,
+        normalizer=normalizer,
+        denominator=denominator,
+        hard_negative_beta=hard_negative_beta,
+        scale=scale,
+        reduction=reduction,
+    )
+    pairs = _pairs(
+        embeddings,
+        labels,
+        views=views,
+        positive_coef=positive_coef,
+        denominator_mask=denominator_mask,
+        instances=instances,
+        anchors=anchors,
+        detach_keys=detach_keys,
+        ref_embeddings=ref_embeddings,
+        ref_labels=ref_labels,
+        ref_views=ref_views,
+        ref_instances=ref_instances,
+    )
+    w_bar = _weights(pairs, weight, beta, gamma, k, normalizer)
+    if detach_weights:
+        w_bar = w_bar.detach()
+    lse, has_terms = _log_denominator(pairs, temperature, denominator, hard_negative_beta)
+    cost = lse[:, None] - pairs.similarity / temperature
+    if denominator == "pairwise":
+        cost = -F.logsigmoid(-cost)  # softplus; F.softplus turns linear at 20, which costs 2e-9
+    valid = pairs.positive.any(1) & has_terms
+    return _reduce((w_bar * cost).sum(1), valid, pairs.anchor, scale, reduction)
+
+
+def positive_weights(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    weight: str = "exp",
+    beta: float | Tensor = 2.0,
+    gamma: float = 1.0,
+    k: int = 8,
+    normalizer: str = "sum",
+    **pair_options,
+) -> tuple[Tensor, Tensor]:
+    """w_bar (N, M), 0 outside P(i), not detached, and the (N,) bool mask of rows that have positives.
+
+    pair_options: views, positive_coef, denominator_mask, instances, anchors, detach_keys and ref_* of `hard_supcon`.
+    """
+    check_options(weight=weight, beta=beta, gamma=gamma, k=k, normalizer=normalizer)
+    pairs = _pairs(embeddings, labels, **pair_options)
+    return _weights(pairs, weight, beta, gamma, k, normalizer), pairs.positive.any(1)
+
+
+@torch.no_grad()
+def effective_positives(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    weight: str = "exp",
+    beta: float | Tensor = 2.0,
+    gamma: float = 1.0,
+    k: int = 8,
+    **pair_options,
+) -> Tensor:
+    """Effective number of positives per row, (N,): ESS_i = 1 / sum_p w_bar_ip^2 with `sum` weights, 0 for rows without positives.
+
+    It is |P(i)| for uniform weights and 1 when one positive takes all the weight. pair_options as in `positive_weights`.
+    """
+    w_bar, valid = positive_weights(embeddings, labels, weight=weight, beta=beta, gamma=gamma, k=k, **pair_options)
+    return torch.where(valid, 1 / w_bar.square().sum(1), 0.0)
+
+
+def soft_min_supcon(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    beta: float | Tensor = 2.0,
+    denominator: str = "all",
+    hard_negative_beta: float = 0.0,
+    scale: float = 1.0,
+    reduction: str = "mean_valid",
+    **pair_options,
+) -> Tensor:
+    """The scalar whose gradient is that of `hard_supcon` with detached exp weights and the normaliser `sum`.
+
+    L_i = lse_i + log( sum_p C_ip exp(-beta s_ip) / sum_p C_ip ) / (beta tau): soft-min pooling of the positives. For beta > 0
+    it is the maximum over distributions q on P(i) of sum_p q_p (lse_i - l_ip) - KL(q || C / sum_p C) / (beta tau), attained at
+    q = w_bar.
+    beta must not be 0 (its limit is the uniform loss); denominator is `all` or `negatives`: for `pairwise` no such scalar exists.
+    pair_options as in `positive_weights`.
+    """
+    check_options(temperature=temperature, beta=beta, hard_negative_beta=hard_negative_beta, scale=scale, reduction=reduction)
+    check_name("denominator", denominator, ("all", "negatives"))
+    if not isinstance(beta, Tensor) and beta == 0:
+        raise UserError("beta is 0, but the soft-min form needs a non-zero beta")
+    pairs = _pairs(embeddings, labels, **pair_options)
+    lse, has_terms = _log_denominator(pairs, temperature, denominator, hard_negative_beta)
+    log_coef = pairs.log_coef + torch.zeros_like(pairs.similarity)
+    pooled = _masked_logsumexp(log_coef - beta * pairs.similarity, pairs.positive)
+    log_mean = pooled - _masked_logsumexp(log_coef, pairs.positive)
+    valid = pairs.positive.any(1) & has_terms
+    return _reduce(lse + log_mean / beta / temperature, valid, pairs.anchor, scale, reduction)
+
+
+def _pairs(
+    embeddings,
+    labels,
+    *,
+    views=None,
+    positive_coef=None,
+    denominator_mask=None,
+    instances=None,
+    anchors=None,
+    detach_keys=False,
+    ref_embeddings=None,
+    ref_labels=None,
+    ref_views=None,
+    ref_instances=None,
+) -> Pairs:
+    """Similarities and the index sets P, A, N of the module docstring."""
+    own_keys = ref_embeddings is None
+    refs = {"ref_labels": ref_labels, "ref_views": ref_views, "ref_instances": ref_instances}
+    _check_rows("embeddings", embeddings, labels=labels, views=views, instances=instances)
+    if own_keys:
+        for name in (name for name, value in refs.items() if value is not None):
+            raise UserError(f"{name} is given without ref_embeddings, but it describes their rows")
+        ref_labels, ref_views, ref_instances = labels, views, instances
+    else:
+        _check_rows("ref_embeddings", ref_embeddings, **refs)
+        if ref_embeddings.shape[1] != embeddings.shape[1]:
+            columns = [value.shape[1] for value in (ref_embeddings, embeddings)]
+            raise UserError(f"ref_embeddings has {columns[0]} columns, but must have {columns[1]} as embeddings has")
+        if (instances is None) != (ref_instances is None):
+            raise UserError("instances and ref_instances must both be given, or neither, when ref_embeddings is given")
+    _check_view_matrices(positive_coef, denominator_mask, views, ref_views)
+
+    dtype = embeddings.dtype if own_keys else torch.promote_types(embeddings.dtype, ref_embeddings.dtype)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    z = _unit_rows(embeddings.to(dtype))
+    z_key = z if own_keys else _unit_rows(ref_embeddings.to(dtype))
+    if detach_keys:
+        z_key = z_key.detach()
+    with torch.autocast(z.device.type, enabled=False):
+        similarity = z @ z_key.T
+
+    same_class = labels[:, None] == ref_labels[None, :]
+    other = torch.ones_like(same_class)
+    if own_keys:
+        other.fill_diagonal_(False)
+    positive, denominator, log_coef = same_class & other, other, 0.0
+    if positive_coef is not None:
+        coef = positive_coef.to(dtype)[views[:, None], ref_views[None, :]]
+        positive, log_coef = positive & (coef > 0), coef.log()
+    if denominator_mask is not None:
+        denominator = denominator & (denominator_mask[views[:, None], ref_views[None, :]] != 0)
+    if instances is not None:
+        positive = positive & (instances[:, None] == ref_instances[None, :])
+    anchor = _anchor_mask(anchors, views, embeddings)
+    if anchor is not None:
+        positive = positive & anchor[:, None]
+    return Pairs(similarity, positive, denominator, denominator & ~same_class, log_coef, anchor)
+
+
+def _unit_rows(u):
+    norm = torch.linalg.vector_norm(u, dim=1, keepdim=True)
+    zero = norm <= ZERO_NORM
+    return (u / norm.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+
+
+def _weights(pairs, weight, beta, gamma, k, normalizer):
+    """w_bar = exp(phi + log C - Lambda) on P (or on its top k), 0 elsewhere."""
+    s, selected = pairs.similarity, pairs.positive
+    phi = torch.zeros_like(s)
+    if weight == "exp":
+        phi = -beta * s
+    elif weight == "pow":
+        phi = gamma * torch.log((1 - s).clamp_min(0) + POW_EPS)
+    elif weight == "topk":
+        selected = selected & (s <= _topk_threshold(s.detach(), selected, k))
+    log_w = phi + pairs.log_coef
+    count = pairs.positive.sum(1).clamp_min(1).to(s.dtype)
+    log_norm = _masked_logsumexp(log_w, selected) if normalizer == "sum" else count.log()
+    return (log_w - log_norm[:, None]).masked_fill(~selected, -math.inf).exp()
+
+
+def _topk_threshold(s, positive, k):
+    """theta (N, 1): midway between the k-th and (k+1)-th smallest positive similarity, +inf where there is no (k+1)-th.
+
+    The midpoint lets an implementation that rounds s a little differently select the same positives.
+    """
+    if k >= s.shape[1]:
+        return s.new_full((s.shape[0], 1), math.inf)
+    smallest = s.masked_fill(~positive, math.inf).topk(k + 1, dim=1, largest=False, sorted=True).values
+    return (smallest[:, k - 1 : k] + smallest[:, k : k + 1]) / 2
+
+
+def _log_denominator(pairs, temperature, denominator, hard_negative_beta):
+    """lse (N,), finite in every row, and the mask of rows whose denominator has at least one term."""
+    logits = pairs.similarity / temperature
+    if hard_negative_beta != 0:
+        log_h = hard_negative_beta * pairs.similarity.detach()
+        n_negative = pairs.negative.sum(1).clamp_min(1).to(log_h.dtype)
+        bias = log_h + (n_negative.log() - _masked_logsumexp(log_h, pairs.negative))[:, None]
+        logits = torch.where(pairs.negative, logits + bias, logits)
+    terms = pairs.denominator if denominator == "all" else pairs.negative
+    return _masked_logsumexp(logits, terms), terms.any(1)
+
+
+def _masked_logsumexp(x, mask):
+    """log sum exp over the True entries of each row, shifted by their maximum; 0, with zero gradient, for a row that has none."""
+    empty = ~mask.any(1, keepdim=True)
+    # An empty row is filled with zeros: all -inf gives NaN in logsumexp's backward, which anomaly detection stops on.
+    return x.masked_fill(~mask, -math.inf).masked_fill(empty, 0.0).logsumexp(1).masked_fill(empty[:, 0], 0.0)
+
+
+def _reduce(row_loss, valid, anchor, scale, reduction):
+    row_loss = scale * torch.where(valid, row_loss, 0.0)
+    if reduction == "none":
+        return row_loss
+    if reduction == "mean_valid":
+        return row_loss.sum() / valid.sum().clamp_min(1)
+    if reduction == "mean_all":
+        return row_loss.mean() if anchor is None else row_loss.sum() / anchor.sum().clamp_min(1)
+    return row_loss.sum()
+
+
+def _anchor_mask(anchors, views, embeddings):
+    if anchors is None:
+        return None
+    if isinstance(anchors, Tensor) and anchors.dtype == torch.bool and anchors.shape == embeddings.shape[:1]:
+        return anchors
+    ids = [anchors] if isinstance(anchors, int) else anchors
+    if isinstance(ids, Tensor) or not isinstance(ids, Sequence) or not ids or not all(type(view) is int for view in ids):
+        raise UserError(
+            f"anchors is {_describe(anchors)}, but must be a bool tensor of shape ({embeddings.shape[0]},), a view id or a "
+            "non-empty sequence of view ids"
+        )
+    if views is None:
+        raise UserError(f"anchors is {anchors!r}, but view ids need views, which is missing")
+    return torch.stack([views == view for view in ids]).any(0)
+
+
+def check_options(**options) -> None:
+    """Raise UserError for a bad option of `hard_supcon` that is a number or a name; of a tensor `beta` only the shape is read."""
+    names = {"weight": WEIGHTS, "normalizer": NORMALIZERS, "denominator": DENOMINATORS, "reduction": REDUCTIONS}
+    for name, value in options.items():
+        if name in names:
+            check_name(name, value, names[name])
+        elif name == "beta" and isinstance(value, Tensor):
+            if value.dim() != 0 or not value.is_floating_point():
+                raise UserError(f"beta is {_describe(value)}, but must be a number or a 0-d floating tensor")
+        elif name == "k":
+            if type(value) is not int or value < 1:
+                raise UserError(f"k is {value!r}, but must be a whole number >= 1")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{name} is {_describe(value)}, but must be a finite number")
+        elif name == "temperature" and value <= 0:
+            raise UserError(f"temperature is {value!r}, but must be > 0")
+
+
+def check_name(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise UserError unless `value` is one of the `allowed` names."""
+    if value not in allowed:
+        raise UserError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
+
+
+def _check_rows(name, embeddings, **ids):
+    """ids: labels first, which must be there, then the optional ones."""
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or not embeddings.is_floating_point() or 0 in embeddings.shape:
+        raise UserError(f"{name} is {_describe(embeddings)}, but must be a floating tensor of shape (rows, features), not empty")
+    for position, (id_name, value) in enumerate(ids.items()):
+        if value is None and position > 0:
+            continue
+        tensor = isinstance(value, Tensor)
+        integer = tensor and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if not integer or value.shape != embeddings.shape[:1]:
+            raise UserError(
+                f"{id_name} is {_describe(value)}, but must be an integer tensor of shape ({embeddings.shape[0]},) as {name} has "
+                f"{embeddings.shape[0]} rows"
+            )
+
+
+def _check_view_matrices(positive_coef, denominator_mask, views, ref_views):
+    matrices = {"positive_coef": positive_coef, "denominator_mask": denominator_mask}
+    given = {name: value for name, value in matrices.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != value.shape[1]:
+            raise UserError(f"{name} is {_describe(value)}, but must be a tensor of shape (views, views)")
+        if views is None or ref_views is None:
+            raise UserError(f"{name} is given, but {'views' if views is None else 'ref_views'}, a view id per row, is missing")
+    if len({value.shape for value in given.values()}) > 1:
+        shapes = [tuple(value.shape) for value in matrices.values()]
+        raise UserError(f"denominator_mask has shape {shapes[1]}, but must have that of positive_coef, {shapes[0]}")
+
+
+def _describe(value):
+    return f"a {value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
