@@ -1,0 +1,34 @@
+"""BatchNorm's mode while attacking, stated and undone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BN_MODES = ("eval", "train", "train_frozen")
+
+
+@contextlib.contextmanager
+def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
+    """Put the model in the mode of the attack and back again, also after an exception.
+
+    * "eval": `model.eval()`: running statistics are used and stay (TRADES, MadryLab, torchattacks).
+    * "train": `model.train()`: batch statistics are used and every forward moves the running ones, as in the code bases that
+      attack in train mode (fast_adversarial, robust_overfitting). The one mode that changes buffers: that is its definition.
+    * "train_frozen": batch statistics are used, the running ones stay.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if bn == "train_frozen" else []
+    try:
+        model.train(bn != "eval")
+        for module in tracking:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,35 @@
+"""Names of attack objectives, and the mark of those that also look at the clean images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastanchor.errors import UserError, did_you_mean
+from fastanchor.reference import objectives
+
+OBJECTIVES: dict[str, Callable] = {"ce": objectives.cross_entropy, "cw": objectives.cw_margin}
+
+
+def resolve(objective: str | Callable) -> Callable:
+    """A callable objective from its name; callables pass through. Raises UserError for an unknown name."""
+    if callable(objective):
+        return objective
+    if not isinstance(objective, str) or objective not in OBJECTIVES:
+        names = ", ".join(OBJECTIVES)
+        hint = did_you_mean(objective, OBJECTIVES)
+        raise UserError(f"objective = {objective!r}: must be one of {names}, or a callable(logits, labels){hint}")
+    return OBJECTIVES[objective]
+
+
+def with_clean(function: Callable) -> Callable:
+    """Mark `function(outputs, labels, clean_outputs)` as one that compares with the clean images.
+
+    The attack then runs the model once a batch on the clean images, without gradient and in the attack's own BatchNorm mode.
+    """
+    function.uses_clean = True
+    return function
+
+
+def uses_clean(objective: Callable) -> bool:
+    """Whether the objective was marked by `with_clean`."""
+    return getattr(objective, "uses_clean", False)

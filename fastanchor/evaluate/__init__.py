@@ -1,0 +1,1 @@
+"""Judging a model: clean and robust accuracy, AutoAttack, and the report."""

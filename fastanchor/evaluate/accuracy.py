@@ -1,0 +1,98 @@
+"""Clean and robust accuracy, in fp32 with TF32 off.
+
+An image counts as robust only if the fp32 model classifies it correctly under every restart of the attack, and correctly clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastanchor.data.resident import ResidentSplit
+from fastanchor.data.views import to_float
+from fastanchor.evaluate.protocol import AttackSpec
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy in percent of `count` images, overall and by class (None: no image of it), and which images were correct."""
+
+    accuracy: float
+    per_class: list[float | None]
+    count: int
+    seconds: float
+    correct: Tensor
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 as IEEE has it: no autocast, no TF32 in matrix products and convolutions; the settings are as before afterwards."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()`, and every module's own flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def measure(model: nn.Module, data: ResidentSplit, attack: AttackSpec | None = None, *, batch_size: int = 500, seed: int = 0,
+            num_classes: int) -> Score:  # fmt: skip
+    """Accuracy on `data`, clean (attack None) or under a PGD-family attack, whose start noise is drawn from `seed`."""
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    perturb = attack.build() if attack else None
+    verdicts, labels_seen = [], []
+    with full_precision(), eval_mode(model):
+        for _, images_u8, labels in data.epoch(batch_size, generator=None, drop_last=False):
+            images = to_float(images_u8)
+            correct = _correct(model, images, labels)
+            if perturb is not None:
+                # A restart that fools the model is enough: each is judged by itself, not only the one of highest loss.
+                for _ in range(attack.restarts):
+                    correct &= _correct(model, perturb(model, images, labels, generator=generator), labels)
+            verdicts.append(correct)
+            labels_seen.append(labels)
+    return score(torch.cat(verdicts), torch.cat(labels_seen), num_classes, time.perf_counter() - started)
+
+
+def score(correct: Tensor, labels: Tensor, num_classes: int, seconds: float) -> Score:
+    """Sum up verdicts (N,) bool for images of labels (N,)."""
+    correct, labels = correct.cpu(), labels.cpu()
+    return Score(
+        accuracy=100 * correct.double().mean().item(),
+        per_class=[_percent(correct[labels == c]) for c in range(num_classes)],
+        count=len(correct),
+        seconds=seconds,
+        correct=correct,
+    )
+
+
+def _correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).argmax(1) == labels
+
+
+def _percent(correct: Tensor) -> float | None:
+    return 100 * correct.double().mean().item() if len(correct) else None

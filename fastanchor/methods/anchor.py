@@ -1,0 +1,138 @@
+"""ANCHOR: PGD adversarial training with a hardness-weighted supervised contrastive loss (arXiv 2510.27599).
+
+    x1 = aug(x);  x2 = PGD(x1, y);  L = ce_adv * CE(f(x2), y) + ce_clean * CE(f(x1), y) + hsc * L_HSC([z1; z2], [y; y])
+
+With hsc = 0 this is PGD adversarial training (Madry et al. 2018): the augmented view is then neither needed nor forwarded.
+Stage 2 trains a new linear classifier on the frozen backbone, on adversarial (alf) or clean images (slf).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastanchor.attacks import PGD
+from fastanchor.attacks.objectives import with_clean
+from fastanchor.config import AttackConfig, Config
+from fastanchor.losses import HardSupConLoss
+from fastanchor.methods.base import Method, Outputs
+from fastanchor.reference.hard_supcon import effective_positives
+
+
+def build_attack(config: AttackConfig, precision: str, objective="ce") -> PGD:
+    """The training adversary of a configuration; its inputs were checked when the data was loaded."""
+    return PGD(
+        config.eps, config.step_size, config.steps, objective, config.bn, config.start, config.norm,
+        precision=precision, backend=config.backend, check_inputs=False,
+    )  # fmt: skip
+
+
+class Anchor(Method):
+    """Stage 1 of ANCHOR, as configured by `loss` and `attack`."""
+
+    def __init__(self, config: Config):
+        self.config, self.weights = config, config.loss
+        self.embeds = self.weights.hsc > 0
+        wanted = {"adv"} | ({"aug"} if self.weights.ce_clean > 0 else set())
+        if self.embeds:
+            wanted |= set(self.weights.views.split("+"))
+        self.views = tuple(view for view in ("clean", "aug", "adv") if view in wanted)
+
+    def beta(self, progress: float) -> float:
+        """Hardness after `progress` epochs: rises linearly over the warm-up."""
+        warmup = self.weights.beta_warmup_epochs
+        return self.weights.beta * (min(1.0, progress / warmup) if warmup > 0 else 1.0)
+
+    def contrastive(self, progress: float) -> HardSupConLoss:
+        """The contrastive loss at this point of the training."""
+        loss = self.weights
+        return HardSupConLoss(
+            temperature=loss.temperature, beta=self.beta(progress), weight=loss.weight, gamma=loss.gamma, k=loss.k,
+            detach_weights=loss.detach_weights, normalizer=loss.normalizer, denominator=loss.denominator,
+        )  # fmt: skip
+
+    def attack(self, progress: float) -> PGD:
+        kind = self.config.attack.objective
+        objective = "ce" if kind == "ce" else self._joint_objective(kind, self.contrastive(progress))
+        return build_attack(self.config.attack, self.config.precision, objective)
+
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float, generator: torch.Generator) -> Tensor:
+        attacked = model if self.config.attack.objective == "ce" else _WithEmbeddings(model)
+        return super().perturb(attacked, images, labels, progress, generator)
+
+    def _joint_objective(self, kind: str, contrastive: HardSupConLoss):
+        """The training loss as the adversary sees it: the clean views' embeddings are fixed, the adversarial ones move."""
+
+        @with_clean
+        def objective(outputs, labels, clean):
+            embeddings = torch.cat([clean[1], outputs[1]])
+            # The mean over rows times the batch: on one scale with a sum of cross-entropies over the batch.
+            value = self.weights.hsc * len(labels) * contrastive(embeddings, labels.repeat(2))
+            if kind == "ce+hsc":
+                value = value + self.weights.ce_adv * F.cross_entropy(outputs[0], labels, reduction="sum")
+            return value
+
+        return objective
+
+    def loss(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+        smoothing = self.weights.label_smoothing
+        terms = {"ce_adv": self.weights.ce_adv * F.cross_entropy(out.logits["adv"], labels, label_smoothing=smoothing)}
+        if self.weights.ce_clean > 0:
+            terms["ce_clean"] = self.weights.ce_clean * F.cross_entropy(out.logits["aug"], labels, label_smoothing=smoothing)
+        if self.embeds:
+            embeddings, stacked = self._stack(out, labels)
+            terms["hsc"] = self.weights.hsc * self.contrastive(progress)(embeddings, stacked)
+        return terms
+
+    def diagnostics(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+        """The effective number of positives 1 / sum(w^2), its median over rows: below about 4, outliers rule the loss."""
+        if not self.embeds:
+            return {}
+        embeddings, stacked = self._stack(out, labels)
+        loss = self.weights
+        positives = effective_positives(
+            embeddings, stacked, weight=loss.weight, beta=self.beta(progress), gamma=loss.gamma, k=loss.k
+        )
+        return {"effective_positives": positives.median()}
+
+    def _stack(self, out: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        names = self.weights.views.split("+")
+        return torch.cat([out.embeddings[name] for name in names]), labels.repeat(len(names))
+
+
+class LinearStage(Method):
+    """Stage 2: the backbone is frozen with its running statistics, a new linear classifier learns on top of it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.adversarial = config.stage2.mode == "alf"
+        self.views = ("adv",) if self.adversarial else ("aug",)
+
+    def attack(self, progress: float) -> PGD | None:
+        return build_attack(self.config.attack, self.config.precision) if self.adversarial else None
+
+    def trainable(self, model: nn.Module) -> list[nn.Parameter]:
+        return list(model.classifier.parameters())
+
+    def train_mode(self, model: nn.Module) -> None:
+        model.eval()
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> tuple[Tensor, None]:
+        with torch.no_grad():
+            features = model.features(inputs)
+        return model.classifier(features), None
+
+    def loss(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+        return {"ce": F.cross_entropy(out.logits[self.views[0]], labels)}
+
+
+class _WithEmbeddings(nn.Module):
+    """The model as attacks on (logits, embeddings) see it."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(images, embed=True)

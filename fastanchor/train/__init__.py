@@ -1,0 +1,1 @@
+"""Training: one step, the loop over epochs and stages, checkpoints, and the run directory."""

@@ -1,0 +1,264 @@
+"""The training loop: stages, epochs, validation, checkpoints, resume.
+
+Every epoch's randomness is derived from (seed, stage, epoch), so a run that was killed continues from its last checkpoint to the
+same weights, bit for bit on the same CPU build, as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastanchor import environment
+from fastanchor.config import Config
+from fastanchor.data.resident import ResidentSplit
+from fastanchor.data.sources import ImageSet, channel_stats
+from fastanchor.errors import UserError
+from fastanchor.evaluate.accuracy import measure
+from fastanchor.evaluate.protocol import parse_attack
+from fastanchor.methods import build_method
+from fastanchor.settings import to_dict
+from fastanchor.train import checkpoint
+from fastanchor.train.memory import explain_out_of_memory
+from fastanchor.train.optim import WeightAverage, build_optimizer, learning_rate
+from fastanchor.train.progress import Reporter
+from fastanchor.train.run import RunDir, model_from_config
+from fastanchor.train.step import TrainStep
+
+# On a GPU a look at the verdict costs a wait, so divergence is noticed at most this many steps late; the step named is exact.
+FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 50}
+
+
+def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False, reporter: Reporter | None = None) -> None:
+    """Train `config` on `images` into `run`, which ends with checkpoints/best.pt, the model to judge.
+
+    resume: go on from the run's newest good checkpoint. Raises UserError (bad input, divergence, a full disk).
+    """
+    check_config(config)
+    reporter = reporter or Reporter()
+    device = environment.pick_device(config.device)
+    if not resume:
+        run.create(config, device)
+    state, note = checkpoint.load_latest(run.checkpoints) if resume else (None, None)
+    if note:
+        reporter.say(f"warning: {note}")
+    if state is not None and state["config"] != to_dict(config):
+        raise UserError(f"{run.path}: its checkpoint was written by another configuration than its config.yaml")
+    trainer = _Trainer(config, images, run, device, reporter)
+    stages = (1, 2) if config.stage2.mode != "none" else (1,)
+    if state is not None:
+        done = state["stage"] == stages[-1] and state["epoch"] == trainer.epochs(state["stage"])
+        reporter.say(
+            f"{run.path}: " + ("finished already" if done else f"resuming after stage {state['stage']}, epoch {state['epoch']}")
+        )
+        run.rewind(state["stage"], state["epoch"])
+    else:
+        run.rewind(0, 0)
+    for stage in stages:
+        if state is None or stage >= state["stage"]:
+            trainer.run_stage(stage, state if state is not None and state["stage"] == stage else None)
+
+
+def check_config(config: Config) -> None:
+    """Settings that are each allowed but do not go together. Raises UserError."""
+    if config.attack.objective != "ce" and config.loss.hsc == 0:
+        raise UserError(
+            f"attack.objective = {config.attack.objective}: needs loss.hsc > 0, the attack would have nothing to maximise"
+        )
+    if config.method == "anchor" and config.loss.ce_adv == config.loss.ce_clean == config.loss.hsc == 0:
+        raise UserError("loss.ce_adv = loss.ce_clean = loss.hsc = 0: at least one must be > 0")
+    if config.method == "standard" and config.stage2.mode != "none":
+        raise UserError(f"stage2.mode = {config.stage2.mode}: undefended training has no stage 2; write none")
+    if config.optim.nesterov and config.optim.momentum == 0:
+        raise UserError("optim.nesterov: needs optim.momentum > 0")
+    parse_attack(config.val.attack, default_eps=config.attack.eps)
+    if config.val.attack.startswith("autoattack"):
+        raise UserError("val.attack = autoattack: too slow for every epoch; use pgdN or cwN")
+    for text in config.eval.attacks:
+        parse_attack(text, default_eps=config.attack.eps)
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed for one purpose; distinct purposes and seeds give unrelated ones."""
+    digest = hashlib.blake2b("/".join(map(str, (seed, *purpose))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass
+class _Best:
+    """The best epoch so far of a stage, by the accuracy on the validation split that the method selects by, ties by the other."""
+
+    robust: float = -1.0
+    clean: float = -1.0
+    epoch: int = 0
+
+    def update(self, robust: float, clean: float, epoch: int, selects: str) -> bool:
+        if selects == "robust":
+            better = (robust, clean) > (self.robust, self.clean)
+        else:
+            better = (clean, robust) > (self.clean, self.robust)
+        if better:
+            self.robust, self.clean, self.epoch = robust, clean, epoch
+        return better
+
+
+@dataclass
+class _Stage:
+    """What a stage's epochs share."""
+
+    number: int
+    step: TrainStep
+    average: WeightAverage | None
+    best: _Best = field(default_factory=_Best)
+
+
+class _Trainer:
+    def __init__(self, config: Config, images: ImageSet, run: RunDir, device: torch.device, reporter: Reporter):
+        self.config, self.run, self.device, self.reporter = config, run, device, reporter
+        self.class_names = images.class_names
+        self.mean, self.std = channel_stats(images.train.images)
+        self.train_set = ResidentSplit(images.train, device)
+        validation = images.val if config.val.limit is None else images.val.subset(config.val.limit)
+        self.val_set = ResidentSplit(validation, device)
+        self.val_attack = parse_attack(config.val.attack, default_eps=config.attack.eps)
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        self.model = model_from_config(config, images.num_classes, self.mean, self.std).to(device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.tensorboard = _tensorboard(run) if config.tensorboard else None
+
+    def epochs(self, stage: int) -> int:
+        return self.config.epochs if stage == 1 else self.config.stage2.epochs
+
+    def run_stage(self, number: int, state: dict[str, Any] | None) -> None:
+        """Train one stage from its start, or from the checkpoint `state`."""
+        config = self.config if number == 1 else _stage2_config(self.config)
+        if number == 2 and state is None:
+            self._start_stage2()
+        method = build_method(config, number)
+        optimizer = build_optimizer(method.trainable(self.model), config.optim)
+        average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+        step = TrainStep(config, method, self.model, optimizer, average, {}, self.device)
+        stage = _Stage(number, step, average)
+        first = 1
+        if state is not None:
+            self._restore(stage, state)
+            first = state["epoch"] + 1
+        batch_size = config.batch_size
+        drop_last = len(self.train_set) > batch_size
+        steps = self.train_set.number_of_batches(batch_size, drop_last)
+        epochs = self.epochs(number)
+        self.reporter.start_stage(
+            f"stage {number}: {self.config.method if number == 1 else config.stage2.mode}", epochs, first - 1, steps
+        )
+        try:
+            for epoch in range(first, epochs + 1):
+                row = self._epoch(stage, config, epoch, epochs, batch_size, drop_last, steps)
+                self._validate_and_save(stage, row, last=epoch == epochs)
+                self.reporter.end_epoch(row, epochs)
+        finally:
+            self.reporter.end_stage()
+
+    def _epoch(
+        self, stage: _Stage, config: Config, epoch: int, epochs: int, batch_size: int, drop_last: bool, steps: int
+    ) -> dict:
+        started = time.perf_counter()
+        step = stage.step
+        step.reset()
+        seeds = {name: derive_seed(config.seed, stage.number, epoch, name) for name in ("order", "augment", "attack", "other")}
+        step.generators = {name: torch.Generator(self.device).manual_seed(seeds[name]) for name in ("augment", "attack")}
+        order = torch.Generator().manual_seed(seeds["order"])
+        torch.manual_seed(seeds["other"])
+        first_step = (epoch - 1) * steps + 1
+        lr = 0.0
+        for i, (_, images, labels) in enumerate(self.train_set.epoch(batch_size, generator=order, drop_last=drop_last)):
+            progress = epoch - 1 + (i + 0.5) / steps
+            lr = learning_rate(config.optim, progress, epochs)
+            for group in step.optimizer.param_groups:
+                group["lr"] = lr
+            try:
+                step(images, labels, progress)
+            except torch.OutOfMemoryError as error:
+                raise explain_out_of_memory(error, step, images, labels) from error
+            if (i + 1) % FINITE_CHECK_EVERY[self.device.type] == 0 or i + 1 == steps:
+                step.check_finite(first_step)
+            self.reporter.step()
+        row = {"stage": stage.number, "epoch": epoch, "lr": lr, **step.read()}
+        row["seconds"] = time.perf_counter() - started
+        return row
+
+    def _validate_and_save(self, stage: _Stage, row: dict, last: bool) -> None:
+        judged = stage.average.model if stage.average is not None else self.model
+        every = self.config.val.every
+        if last or row["epoch"] % every == 0:
+            started = time.perf_counter()
+            options = {"batch_size": self.config.eval.batch_size, "num_classes": len(self.class_names)}
+            seed = derive_seed(self.config.seed, "validation")
+            clean = measure(judged, self.val_set, **options)
+            robust = measure(judged, self.val_set, self.val_attack, seed=seed, **options)
+            row |= {"val_clean": clean.accuracy, "val_robust": robust.accuracy}
+            row["best"] = stage.best.update(robust.accuracy, clean.accuracy, row["epoch"], stage.step.method.selects)
+            row["val_seconds"] = time.perf_counter() - started
+        state = self._state(stage, row["epoch"], judged)
+        if row.get("best"):
+            checkpoint.save(self.run.checkpoints / "best.pt", state)
+        # Logged before it is saved: a kill in between leaves a row too many, which resuming takes back, never one too few.
+        self.run.log(row)
+        if stage.average is not None:
+            state |= {"training_weights": self.model.state_dict(), "average_steps": stage.average.steps}
+        checkpoint.save(
+            self.run.checkpoints / "last.pt", state | {"optimizer": stage.step.optimizer.state_dict()}, keep_previous=True
+        )
+        if self.tensorboard is not None:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(f"stage{stage.number}/{name}", value, row["epoch"])
+            self.tensorboard.flush()
+
+    def _state(self, stage: _Stage, epoch: int, judged: torch.nn.Module) -> dict[str, Any]:
+        return {
+            "config": to_dict(self.config), "class_names": list(self.class_names), "mean": list(self.mean), "std": list(self.std),
+            "stage": stage.number, "epoch": epoch, "weights": judged.state_dict(), "best": vars(stage.best).copy(),
+        }  # fmt: skip
+
+    def _restore(self, stage: _Stage, state: dict[str, Any]) -> None:
+        path = self.run.checkpoints / "last.pt"
+        checkpoint.restore_weights(self.model, state.get("training_weights", state["weights"]), path)
+        if stage.average is not None:
+            checkpoint.restore_weights(stage.average.model, state["weights"], path)
+            stage.average.steps = state["average_steps"]
+        stage.step.optimizer.load_state_dict(state["optimizer"])
+        stage.best = _Best(**state["best"])
+
+    def _start_stage2(self) -> None:
+        """Begin from stage 1's best epoch, which is kept as stage1_best.pt, with a new classifier."""
+        kept, best = self.run.checkpoints / "stage1_best.pt", self.run.checkpoints / "best.pt"
+        if not kept.exists():
+            shutil.copyfile(best, kept.with_suffix(".tmp"))
+            kept.with_suffix(".tmp").replace(kept)
+        checkpoint.restore_weights(self.model, checkpoint.load(kept, self.device)["weights"], kept)
+        torch.manual_seed(derive_seed(self.config.seed, "stage 2 weights"))
+        self.model.reset_classifier()
+
+
+def _stage2_config(config: Config) -> Config:
+    """The configuration as stage 2 sees it: its own schedule and batch size, no averaging."""
+    second = config.stage2
+    optim = dataclasses.replace(
+        config.optim, lr=second.lr, schedule="step", milestones=second.milestones, decay=0.1, weight_decay=second.weight_decay,
+        warmup_epochs=0.0, ema_decay=0.0, nesterov=False,
+    )  # fmt: skip
+    return dataclasses.replace(config, optim=optim, batch_size=second.batch_size, epochs=second.epochs)
+
+
+def _tensorboard(run: RunDir):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('tensorboard: needs the package; pip install "fastanchor[tensorboard]"') from None
+    return SummaryWriter(str(run.path / "tensorboard"))

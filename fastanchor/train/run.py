@@ -1,0 +1,123 @@
+"""The run directory: what a training leaves behind, and how a model is read back from it.
+
+RUN/config.yaml       resolved configuration             RUN/checkpoints/best.pt   the model to judge
+RUN/env.json          versions, device, commit, command  RUN/checkpoints/last.pt   training state after the last epoch
+RUN/metrics.jsonl     one object an epoch                RUN/checkpoints/previous.pt  the state before that
+RUN/summary.csv       the same as a table                RUN/eval/*.json           evaluations
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastanchor import environment, settings
+from fastanchor.config import Config
+from fastanchor.errors import UserError
+from fastanchor.files import write_text
+from fastanchor.models import RobustClassifier, build_model
+from fastanchor.train import checkpoint
+
+
+class RunDir:
+    """A run's folder. Files are replaced whole or appended by lines, so that a kill leaves them readable."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+
+    def create(self, config: Config, device: torch.device) -> None:
+        """Make the folder and write config.yaml and env.json. Raises UserError where something is in the way."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            more = f"; to go on with it: fastanchor train --resume {self.path}" if (self.path / "config.yaml").exists() else ""
+            raise UserError(f"{self.path}: exists and is not empty, and a run never overwrites one{more}")
+        try:
+            self.checkpoints.mkdir(parents=True)
+            write_text(self.path / "env.json", json.dumps(environment.describe(device), indent=2) + "\n")
+            write_text(self.path / "config.yaml", settings.dump(config))
+        except OSError as error:
+            raise UserError(f"{self.path}: the run's folder cannot be written ({error.strerror})") from None
+
+    def open(self) -> Config:
+        """The configuration of an existing run. Raises UserError."""
+        if not (self.path / "config.yaml").is_file():
+            raise UserError(f"{self.path}: not a run: it has no config.yaml")
+        return settings.load_file(self.path / "config.yaml")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The epochs' metrics in order; a last line cut short by a kill is left out."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def rewind(self, stage: int, epoch: int) -> None:
+        """Forget epochs after the given one: those that a killed run had logged but not saved."""
+        rows = [row for row in self.history() if (row["stage"], row["epoch"]) <= (stage, epoch)]
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        self._write_summary(rows)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append an epoch to metrics.jsonl and bring summary.csv up to date."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self._write_summary(self.history())
+        except OSError as error:
+            raise UserError(f"{self.metrics}: could not be written ({error.strerror}); the checkpoint before is intact") from None
+
+    def _write_summary(self, rows: list[dict[str, Any]]) -> None:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / "summary.csv", text.getvalue())
+
+
+def model_from_config(config: Config, num_classes: int, mean, std) -> RobustClassifier:
+    """The untrained network of a settings."""
+    model = config.model
+    return build_model(
+        model.name, num_classes=num_classes, width=model.width, head=model.head, head_hidden=model.head_hidden,
+        head_dim=model.head_dim, mean=mean, std=std,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to judge, with where it came from."""
+
+    model: RobustClassifier
+    config: Config
+    class_names: tuple[str, ...]
+    path: Path
+    state: dict[str, Any]
+
+
+def load_trained(path: str | Path, device: torch.device) -> Trained:
+    """The model of a run (its best checkpoint) or of one checkpoint file, in eval mode on the device. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        RunDir(path).open()
+        path = path / "checkpoints" / "best.pt"
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint")
+    state = checkpoint.load(path)
+    config = settings.from_dict(state["config"], str(path))
+    model = model_from_config(config, len(state["class_names"]), state["mean"], state["std"])
+    checkpoint.restore_weights(model, state["weights"], path)
+    model.to(device).eval()
+    return Trained(model, config, tuple(state["class_names"]), path, state)
