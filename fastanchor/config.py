@@ -183,6 +183,8 @@ class EvalConfig:
     """Images a forward."""
     limit: int | None = None
     """At most this many test images."""
+    report_images: int = 256
+    """Test images attacked anew for the report's figures."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ RANGES: dict[str, tuple[Any, str]] = {
     "eval.attacks": (lambda v: len(v) > 0, "a list of at least one attack"),
     "eval.batch_size": _at_least_one,
     "eval.limit": _at_least_one,
+    "eval.report_images": _at_least_one,
     "epochs": _at_least_one,
     "batch_size": _at_least_one,
     "seed": _not_negative,

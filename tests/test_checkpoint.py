@@ -138,4 +138,6 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     with pytest.raises(UserError, match="its weights belong to another network than its configuration describes"):
-        checkpoint.restore_weights(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, tmp_path / "c.pt")
+        checkpoint.restore_weights(
+            torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, tmp_path / "c.pt"
+        )

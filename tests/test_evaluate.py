@@ -71,7 +71,9 @@ def test_robust_accuracy_of_a_two_class_linear_model_is_the_closed_form():
     eps = 0.003
     expected = (margin.abs() > eps * w.abs().sum()).double().mean().item() * 100
     assert 10 < expected < 90
-    score = measure(model, ResidentSplit(Split(images, labels), "cpu"), parse_attack(f"pgd20:eps={eps}", default_eps=eps), num_classes=2)
+    score = measure(
+        model, ResidentSplit(Split(images, labels), "cpu"), parse_attack(f"pgd20:eps={eps}", default_eps=eps), num_classes=2
+    )
     assert score.accuracy == pytest.approx(expected, abs=0.4)  # an image on the edge
 
 
@@ -88,7 +90,8 @@ def test_every_restart_counts(model, digits_split, monkeypatch):
     monkeypatch.setattr(PGD, "__call__", alternate)
     data = ResidentSplit(digits_split, "cpu")
     once, twice = (
-        measure(model, data, parse_attack(f"pgd5:restarts={n}", default_eps=0.1), batch_size=200, num_classes=10).accuracy for n in (1, 2)
+        measure(model, data, parse_attack(f"pgd5:restarts={n}", default_eps=0.1), batch_size=200, num_classes=10).accuracy
+        for n in (1, 2)
     )
     assert calls == [120] * 3 and twice < once - 20
 

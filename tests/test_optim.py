@@ -13,7 +13,9 @@ from fastanchor.train.optim import WeightAverage, build_optimizer, learning_rate
 
 def test_step_schedule_decays_at_its_milestones():
     config = OptimConfig(lr=0.1, schedule="step", milestones=(100, 105), decay=0.1)
-    assert [learning_rate(config, e, 110) for e in (0, 99.99, 100, 104.9, 105, 109)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [learning_rate(config, e, 110) for e in (0, 99.99, 100, 104.9, 105, 109)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
 
 
 def test_cosine_schedule_with_warm_up():

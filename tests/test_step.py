@@ -86,7 +86,9 @@ def test_engine_step_equals_the_reference_in_one_dtype_to_rounding(batch):
         step(images, labels, progress=1.0)
         augmented = views.augment(images, "crop_flip", augment).contiguous()
         start = torch.empty_like(augmented).uniform_(-0.1, 0.1, generator=attack)
-        anchor_step(theirs, optimizer, augmented, labels, start, eps=0.1, step_size=0.05, steps=2, hsc=0.5, temperature=0.1, beta=2.0)
+        anchor_step(
+            theirs, optimizer, augmented, labels, start, eps=0.1, step_size=0.05, steps=2, hsc=0.5, temperature=0.1, beta=2.0
+        )
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
 

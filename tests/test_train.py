@@ -45,7 +45,9 @@ def assert_equal_bits(a, b):
 
 
 def test_a_run_leaves_what_its_contract_says_and_the_loss_falls(images, tmp_path):
-    config = config_of("--epochs", "5", "--attack.eps", "0.01", "--attack.step-size", "0.005", "--batch-size", "16", "--data.augment", "none")
+    config = config_of(
+        "--epochs", "5", "--attack.eps", "0.01", "--attack.step-size", "0.005", "--batch-size", "16", "--data.augment", "none"
+    )
     run = RunDir(tmp_path / "run")
     train(config, images, run)
     assert load_file(run.path / "config.yaml") == config
@@ -86,7 +88,16 @@ def test_seed_decides_everything(images, tmp_path):
         torch.rand(3)  # the global generator's state does not matter
     assert_equal_bits(weights(runs["a"]), weights(runs["b"]))
     assert not torch.equal(weights(runs["a"])["classifier.weight"], weights(runs["c"])["classifier.weight"])
-    assert len({derive_seed(s, *p) for s in range(20) for p in ((1, 1, "order"), (1, 1, "attack"), (1, 11, "order"), (2, 1, "order"))}) == 80
+    assert (
+        len(
+            {
+                derive_seed(s, *p)
+                for s in range(20)
+                for p in ((1, 1, "order"), (1, 1, "attack"), (1, 11, "order"), (2, 1, "order"))
+            }
+        )
+        == 80
+    )
 
 
 VARIANTS = {
@@ -127,7 +138,9 @@ def test_resume_after_any_epoch_gives_the_same_bits(images, tmp_path, variant, s
         a, b = (checkpoint.load(run.checkpoints / name) for run in (whole, cut))
         assert_equal_bits(a["weights"], b["weights"])
         assert (a["stage"], a["epoch"], a["best"]) == (b["stage"], b["epoch"], b["best"])
-    whole_rows, cut_rows = ([{k: v for k, v in row.items() if "seconds" not in k} for row in run.history()] for run in (whole, cut))
+    whole_rows, cut_rows = (
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in run.history()] for run in (whole, cut)
+    )
     assert cut_rows == whole_rows
 
 
@@ -284,7 +297,7 @@ def test_out_of_memory_says_what_fits_and_keeps_the_checkpoint(images, tmp_path,
     real = TrainStep.__call__
 
     def limited(self, images_u8, labels, progress):
-        if progress > 1 and len(labels) > 10 or progress == 0 and len(labels) > 10:
+        if (progress > 1 or progress == 0) and len(labels) > 10:  # progress 0: the trials of smaller batches
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         real(self, images_u8, labels, progress)
 

@@ -159,7 +159,7 @@ class PGD:
             x_adv = x_adv.detach()
             if self.norm == "linf":
                 # Ball and box are one interval a pixel, so one clamp projects on both.
-                x_adv = torch.clamp(x_adv.add_(gradient.sign_(), alpha=self.step_size), lower, upper)
+                x_adv = torch.clamp(x_adv.add_(gradient.sign(), alpha=self.step_size), lower, upper)
             else:
                 x_adv = reference.project(reference.ascend(x_adv, gradient, self.step_size, "l2"), images, self.eps, "l2")
         return x_adv

@@ -58,8 +58,13 @@ def write_adversarial(trained: Trained, split: Split, spec: AttackSpec, out: Pat
         Image.fromarray(picture).save(out / "images" / title)
     correct = clean == labels
     summary = {
-        "attack": spec.describe(), "seed": seed, "checkpoint": str(trained.path), "count": len(labels), "correct": int(correct.sum()),
-        "fooled": int((correct & (fooled_as != labels)).sum()), "environment": environment.describe(device),
-    }  # fmt: skip
+        "attack": spec.describe(),
+        "seed": seed,
+        "checkpoint": str(trained.path),
+        "count": len(labels),
+        "correct": int(correct.sum()),
+        "fooled": int((correct & (fooled_as != labels)).sum()),
+        "environment": environment.describe(device),
+    }
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

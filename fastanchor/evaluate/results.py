@@ -11,6 +11,7 @@ from torch import nn
 
 from fastanchor import environment
 from fastanchor.data.resident import ResidentSplit
+from fastanchor.errors import UserError
 from fastanchor.evaluate.accuracy import measure
 from fastanchor.evaluate.autoattack import autoattack
 from fastanchor.evaluate.protocol import AttackSpec
@@ -68,6 +69,13 @@ def evaluate(
 
 
 def load_results(folder: Path) -> list[dict]:
-    """The results under a run's eval folder, by file name; AutoAttack's state files are not results."""
+    """The results under a run's eval folder, by file name; AutoAttack's state files are not results. Raises UserError."""
     paths = sorted(path for path in folder.glob("*.json") if not path.name.endswith(".state.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [_load(path) for path in paths]
+
+
+def _load(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path}: not the JSON of an evaluation; remove it and evaluate again") from None

@@ -1,0 +1,140 @@
+"""`fastanchor compare`: several runs on the same data, seeds and budget, in one table.
+
+A plan is a YAML file:
+
+    title: what is compared
+    attacks: [pgd20]              # what each model is judged by
+    seeds: [0, 1, 2]              # mean and standard deviation over these
+    set: {epochs: 8}              # settings of all runs
+    runs:
+      - {name: ANCHOR, recipe: anchor, set: {loss: {hsc: 0.5}}}
+      - {name: undefended, recipe: standard}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import statistics
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from fastanchor.config import Config
+from fastanchor.errors import UserError, did_you_mean
+from fastanchor.evaluate.protocol import parse_attack
+from fastanchor.files import write_text
+from fastanchor.pipeline import train_and_judge
+from fastanchor.settings import from_dict, load_recipe, parse_flags
+from fastanchor.train.progress import Reporter
+from fastanchor.train.run import RunDir
+
+PLAN_KEYS = ("title", "attacks", "seeds", "set", "runs")
+RUN_KEYS = ("name", "recipe", "set")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A plan with every run's configuration resolved; seeds and the data source are still the recipe's."""
+
+    title: str
+    attacks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs: dict[str, Config]
+
+
+def plan_names() -> list[str]:
+    """Names of the plans that come with the package."""
+    folder = resources.files("fastanchor") / "recipes" / "plans"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+
+
+def load_plan(name: str) -> Plan:
+    """A packaged plan by name, or a YAML file by path. Raises UserError."""
+    if name in plan_names():
+        text, where = (resources.files("fastanchor") / "recipes" / "plans" / f"{name}.yaml").read_text(encoding="utf-8"), name
+    else:
+        path, where = Path(name), name
+        if not path.is_file():
+            raise UserError(
+                f"plan {name!r} is not known{did_you_mean(name, plan_names())}; plans: {', '.join(plan_names())}, or a .yaml file"
+            )
+        text = path.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    _check_keys(values, PLAN_KEYS, ("runs",), where)
+    runs = {}
+    for entry in values["runs"]:
+        _check_keys(entry, RUN_KEYS, RUN_KEYS[:2], f"{where}: runs")
+        if entry["name"] in runs:
+            raise UserError(f"{where}: two runs are named {entry['name']!r}")
+        base = from_dict(values.get("set", {}), where, load_recipe(entry["recipe"]))
+        runs[entry["name"]] = from_dict(entry.get("set", {}), f"{where}: {entry['name']}", base)
+    attacks, seeds = values.get("attacks", ["pgd20"]), values.get("seeds", [0])
+    if not isinstance(attacks, list) or not attacks:
+        raise UserError(f"{where}: attacks = {attacks}: must be a list of attacks")
+    for attack in attacks:
+        parse_attack(str(attack), default_eps=next(iter(runs.values())).attack.eps)
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{where}: seeds = {seeds}: must be a list of whole numbers >= 0")
+    return Plan(str(values.get("title", name)), tuple(map(str, attacks)), tuple(seeds), runs)
+
+
+def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) -> list[dict]:
+    """Run what is missing of a plan under `out`, then write out/compare.json; returns its rows.
+
+    overrides: flags for every run, applied last. A run that was interrupted is resumed, a finished one is read.
+    """
+    results: dict[str, list[tuple[list[dict], RunDir]]] = {name: [] for name in plan.runs}
+    for seed in plan.seeds:
+        for name, base in plan.runs.items():
+            config = parse_flags(overrides, dataclasses.replace(base, seed=seed))
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, attacks=plan.attacks))
+            run = RunDir(out / f"{_slug(name)}-seed{seed}")
+            resume = (run.path / "config.yaml").exists()
+            if resume and run.open() != config:
+                raise UserError(f"{run.path}: holds a run of other settings; choose another --out")
+            reporter.say(f"\n== {name}, seed {seed} -> {run.path}")
+            results[name].append((train_and_judge(config, run, resume=resume, reporter=reporter), run))
+    rows = [_row(name, plan.runs[name], outcome) for name, outcome in results.items()]
+    write_text(out / "compare.json", json.dumps({"title": plan.title, "seeds": list(plan.seeds), "rows": rows}, indent=2) + "\n")
+    return rows
+
+
+def _row(name: str, config: Config, outcome: list[tuple[list[dict], RunDir]]) -> dict:
+    histories = [[r for r in run.history() if r["stage"] == 1] for _, run in outcome]
+    return {
+        "name": name,
+        "clean": _spread([results[0]["clean_accuracy"] for results, _ in outcome]),
+        "robust": {
+            results[0]["description"]: _spread([r["robust_accuracy"] for r in results])
+            for results in zip(*(results for results, _ in outcome), strict=True)
+        },
+        "count": outcome[0][0][0]["count"],
+        "epochs": config.epochs,
+        "seconds_an_epoch": _spread([statistics.median(r["seconds"] for r in history) for history in histories]),
+        "runs": [str(run.path) for _, run in outcome],
+    }
+
+
+def _spread(values: list[float]) -> dict:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "values": values}
+
+
+def _check_keys(values, allowed: tuple[str, ...], needed: tuple[str, ...], where: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: must be a mapping with the keys {', '.join(allowed)}")
+    for key in values:
+        if key not in allowed:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}")
+    for key in needed:
+        if not values.get(key):
+            raise UserError(f"{where}: lacks {key!r}")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()

@@ -1,0 +1,80 @@
+"""`fastanchor doctor`: versions, devices, what is installed, and which backend each part will use and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+
+import torch
+
+from fastanchor import environment, kernels
+
+# Optional packages: (package, what it is for, how to get it).
+OPTIONAL = (
+    ("pyautoattack", "standard AutoAttack", 'pip install "fastanchor[eval]"'),
+    ("matplotlib", "the report's figures", 'pip install "fastanchor[plots]"'),
+    ("tensorboard", "TensorBoard events", 'pip install "fastanchor[tensorboard]"'),
+    ("torchvision", "downloading CIFAR archives", 'pip install "fastanchor[vision]"'),
+)
+
+
+def diagnose() -> dict:
+    """Everything the command prints, as plain values."""
+    device = environment.pick_device("auto")
+    return {
+        **environment.describe(device),
+        "devices": _devices(),
+        "optional": [
+            {"package": name, "use": use, "installed": importlib.util.find_spec(name) is not None, "get": get}
+            for name, use, get in OPTIONAL
+        ],
+        "backends": backends(device),
+    }
+
+
+def backends(device: torch.device) -> list[dict[str, str]]:
+    """Which implementation each part will use on the device, with the reason."""
+    usable, reason = kernels.usable(device)
+    bf16, bf16_reason = _bf16(device)
+    return [
+        {"part": "data", "backend": "resident", "why": "the whole set is kept on the device as uint8"},
+        {
+            "part": "attack",
+            "backend": "auto",
+            "why": "the engine's loop: input gradient only, one clamp for ball and box; "
+            "`attack.backend reference` is the plain loop it is tested against",
+        },
+        {
+            "part": "hard-positive SupCon",
+            "backend": "torch",
+            "why": "dense reference implementation" + ("" if usable else f"; {reason}"),
+        },
+        {"part": "optimiser", "backend": "torch fused SGD", "why": "one pass over all parameters, on CPU and CUDA"},
+        {"part": "training precision", "backend": "bf16 is worth trying" if bf16 else "fp32", "why": bf16_reason},
+        {"part": "evaluation", "backend": "fp32, TF32 off", "why": "always: a robust accuracy is judged in full precision"},
+    ]
+
+
+def _devices() -> list[str]:
+    found = [f"cpu: {environment.device_name(torch.device('cpu'))}, {os.cpu_count()} logical cores, {platform.machine()}"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        found.append(
+            f"cuda:{index}: {properties.name}, {memory:.0f} GiB, compute capability {properties.major}.{properties.minor}"
+        )
+    return found
+
+
+def _bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether bf16 autocast runs on matrix units here."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return native, "the GPU multiplies bf16 natively" if native else "this GPU has no bf16 tensor cores"
+    flags = environment.cpu_flags()
+    native = bool({"avx512_bf16", "amx_bf16"} & flags)
+    return (
+        native,
+        "the processor has bf16 instructions (`precision: bf16`)" if native else "the processor has no bf16 instructions",
+    )

@@ -1,0 +1,165 @@
+"""The report's training curves: accuracy by epoch, what robust overfitting cost, the loss terms and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from fastanchor.config import Config
+from fastanchor.data.sources import ImageSet
+from fastanchor.evaluate import figures
+from fastanchor.evaluate.figures import ACCENT, CLEAN, MUTED, ROBUST, Line, Mark
+from fastanchor.evaluate.page import figure, finding, section, swatch
+from fastanchor.evaluate.protocol import fraction, parse_attack
+
+if TYPE_CHECKING:
+    from fastanchor.train.run import Trained
+
+Row = dict[str, Any]
+Series = tuple[list[float], list[float]]
+LOSS_COLORS = {"ce_adv": ROBUST, "ce": CLEAN, "ce_clean": CLEAN, "hsc": ACCENT}
+
+
+def learning_section(trained: Trained, rows: list[Row], images: ImageSet) -> str:
+    """Clean and robust accuracy by epoch with the chosen epoch, the gap of best and last in words, and the loss's panels."""
+    if not rows:
+        return section("Training curves", "<p>No epochs are logged.</p>")
+    two, offset = any(row["stage"] == 2 for row in rows), _offset(rows)
+    last = max(_epoch(row, offset) for row in rows)
+    axis: Row = {"xlabel": "epoch", "xlim": (1, last), "shade": (offset, "stage 2") if two else None}
+    panels, legend = _accuracy_panels(trained, rows, axis)
+    count = validation_count(trained.config, images)
+    words = [sentence for stage in (1, 2) if (sentence := gap_sentence(rows, stage, count))]
+    caption = _accuracy_caption(trained.config, rows, images, count)
+    small = _small_panels(rows, axis)
+    small_caption = (
+        "Means over each epoch of the weighted loss terms as they are added up, and the learning rate of the epoch's last step."
+    )
+    if _series(rows, "effective_positives"):
+        small_caption += (
+            " Effective positives: 1 / Σ w² of the contrastive weights of an anchor, the median over anchors; below "
+            "about 4, a few outlying positives rule the loss."
+        )
+    body = "".join(finding(word) for word in words)
+    body += figure(f'<div class="row">{panels}</div><p class="legend">{legend}</p>', caption) if panels else ""
+    return section("Training curves", body + figure(f'<div class="row small">{small}</div>', small_caption))
+
+
+def gap_sentence(rows: list[Row], stage: int, count: int) -> str | None:
+    """What a stage's last epoch lost against its best in robust accuracy on `count` validation images; None: never validated."""
+    judged = _judged(rows, stage)
+    if not judged:
+        return None
+    best, last = _best(judged), judged[-1]
+    start = f"Stage {stage}: validation robust accuracy was highest after epoch {best['epoch']}, {best['val_robust']:.1f} %"
+    if best is last:
+        return f"{start}, the last one validated: no robust overfitting shows."
+    gap = best["val_robust"] - last["val_robust"]
+    # The two figures are of the same images, which makes the error of their difference smaller than that of independent ones.
+    noise = 100 * math.sqrt(sum(p * (1 - p) for p in (best["val_robust"] / 100, last["val_robust"] / 100)) / max(count, 1))
+    few = f"within the noise of {count} images (standard error of the gap at most {noise:.1f} points)"
+    verdict = "robust overfitting" if gap > 2 * noise else few
+    return f"{start}, and {last['val_robust']:.1f} % after the last, epoch {last['epoch']}: a gap of {gap:.1f} points, {verdict}."
+
+
+def validation_count(config: Config, images: ImageSet) -> int:
+    """Number of images that an epoch is validated on."""
+    return len(images.val) if config.val.limit is None else min(config.val.limit, len(images.val))
+
+
+def _judged(rows: list[Row], stage: int) -> list[Row]:
+    return [row for row in rows if row["stage"] == stage and math.isfinite(row.get("val_robust", math.nan))]
+
+
+def _best(judged: list[Row]) -> Row:
+    """The epoch that the training loop would keep: the first of the highest robust accuracy, ties by clean accuracy."""
+    return max(judged, key=lambda row: (row["val_robust"], row["val_clean"]))
+
+
+def _accuracy_panels(trained: Trained, rows: list[Row], axis: Row) -> tuple[str, str]:
+    offset, state = _offset(rows), trained.state
+    chosen = f"stage {state['stage']}, epoch {state['epoch']}" if axis["shade"] else f"epoch {state['epoch']}"
+    marks = [Mark(_epoch(state, offset), f"chosen: {chosen}")]
+    best = [_best(judged) for stage in (1, 2) if (judged := _judged(rows, stage))]
+    panels = legend = ""
+    for kind, color, train in (("robust", ROBUST, "accuracy_adv"), ("clean", CLEAN, _clean_key(rows))):
+        curves = [("train", _series(rows, train, 100)), ("validation", _series(rows, f"val_{kind}"))]
+        lines = [Line(*series, label, color, dashed=label == "train") for label, series in curves if series]
+        if not lines:
+            continue
+        rings = [(_epoch(row, offset), row[f"val_{kind}"]) for row in best]
+        title = f"{kind.capitalize()} accuracy"
+        panels += figures.curves(lines, title=title, ylabel="accuracy (%)", name=title, marks=marks, rings=rings, **axis)
+        legend += "".join(swatch(kind, f"{kind}, {line.label}", line.dashed) for line in lines)
+    return panels, legend
+
+
+def _accuracy_caption(config: Config, rows: list[Row], images: ImageSet, count: int) -> str:
+    attack = config.attack
+    bn = f"BatchNorm in {attack.bn} mode while attacking" + ("" if attack.norm == "linf" else f", {attack.norm}")
+    adversary = f"PGD-{attack.steps} (eps {fraction(attack.eps)}, step {fraction(attack.step_size)}, {attack.start} start, {bn})"
+    train = [f"robust under the training attack, {adversary}"] if _series(rows, "accuracy_adv") else []
+    if _series(rows, _clean_key(rows)):
+        train.append("clean on augmented images" if _clean_key(rows) == "accuracy_aug" else "clean on images as they are")
+    text = "Accuracy by epoch."
+    if train:
+        text += f" Train: {'; '.join(train)}; n = {len(images.train)}, added up while the weights move."
+    if any("val_robust" in row for row in rows):
+        judge = parse_attack(config.val.attack, default_eps=attack.eps)
+        text += f" Validation, after the epoch: robust under {judge.describe()}, n = {count} images."
+    text += (
+        " How to read it: where robust train accuracy (dashed) goes on rising while robust validation accuracy "
+        "(solid) falls, the model overfits to its adversary. A ring is a stage's best epoch on the validation "
+        "split, the dotted line the checkpoint judged here."
+    )
+    if any(row["stage"] == 2 for row in rows):
+        text += " Shaded: stage 2, a new linear classifier on the frozen backbone of stage 1's best epoch."
+    return text
+
+
+def _small_panels(rows: list[Row], axis: Row) -> str:
+    terms = dict.fromkeys(key for row in rows for key in row if key.startswith("loss_"))
+    losses = [Line(*series, key[5:], LOSS_COLORS.get(key[5:], MUTED)) for key in terms if (series := _series(rows, key))]
+    rate, positives = _series(rows, "lr"), _series(rows, "effective_positives")
+    drawn = [("Loss terms", "loss (nats)", losses, False)] if losses else []
+    if rate:
+        finite = [value for value in rate[1] if not math.isnan(value)]
+        log = 0 < 20 * min(finite) < max(finite)
+        drawn.append(("Learning rate", "learning rate", [Line(*rate, "", MUTED)], log))
+    if positives:
+        drawn.append(("Effective positives", "positives an anchor", [Line(*positives, "", ACCENT)], False))
+    return "".join(
+        figures.curves(lines, title=title, ylabel=label, name=title, percent=False, log=log, size=(2.5, 1.9), **axis)
+        for title, label, lines, log in drawn
+    )
+
+
+def _clean_key(rows: list[Row]) -> str:
+    return "accuracy_aug" if _series(rows, "accuracy_aug") else "accuracy_clean"
+
+
+def _offset(rows: list[Row]) -> int:
+    """Epochs of stage 1, after which those of stage 2 are counted on."""
+    return max((row["epoch"] for row in rows if row["stage"] == 1), default=0)
+
+
+def _epoch(row: Row, offset: int) -> int:
+    return row["epoch"] + (offset if row["stage"] == 2 else 0)
+
+
+def _series(rows: list[Row], key: str, scale: float = 1) -> Series | None:
+    """Epochs, counted through both stages, and the finite values of `key`; a NaN parts the stages. None: no row has any."""
+    x: list[float] = []
+    y: list[float] = []
+    before, offset = None, _offset(rows)
+    for row in rows:
+        value = row.get(key)
+        if value is None or not math.isfinite(value):
+            continue
+        if before not in (None, row["stage"]):
+            x.append(offset + 0.5)
+            y.append(math.nan)
+        x.append(_epoch(row, offset))
+        y.append(scale * value)
+        before = row["stage"]
+    return (x, y) if x else None

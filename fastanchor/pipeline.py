@@ -1,0 +1,84 @@
+"""From a configuration to judged results: load the data, train, evaluate on the test set, write the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from fastanchor import environment
+from fastanchor.config import Config
+from fastanchor.data import sources
+from fastanchor.data.resident import ResidentSplit
+from fastanchor.data.sources import ImageSet
+from fastanchor.errors import UserError
+from fastanchor.evaluate.protocol import AttackSpec, parse_attack
+from fastanchor.evaluate.report import build_report
+from fastanchor.evaluate.results import evaluate
+from fastanchor.train.loop import check_config, train
+from fastanchor.train.progress import Reporter
+from fastanchor.train.run import RunDir, Trained, load_trained
+
+
+def load_images(config: Config) -> ImageSet:
+    """The data set of a configuration."""
+    data = config.data
+    return sources.load(
+        data.source, root=data.root, limit=data.limit, val_fraction=data.val_fraction, split_seed=data.split_seed,
+        skip_broken=data.skip_broken, image_size=data.image_size, download=data.download,
+    )  # fmt: skip
+
+
+def train_and_judge(config: Config, run: RunDir, *, resume: bool, reporter: Reporter) -> list[dict]:
+    """The whole of `fastanchor train`; returns the evaluation results. What a resumed run has already, it keeps."""
+    check_config(config)
+    device = environment.pick_device(config.device)
+    images = load_images(config)
+    for note in images.notes:
+        reporter.say(f"note: {note}")
+    counts = f"{len(images.train)} train / {len(images.val)} validation / {len(images.test)} test images"
+    height, width = images.image_shape
+    size = f"{images.num_classes} classes, {width}x{height}"
+    reporter.say(f"{images.name}: {counts}, {size}; on {environment.device_name(device)}")
+    train(config, images, run, resume=resume, reporter=reporter)
+    trained = load_trained(run.path, device)
+    specs = [parse_attack(text, default_eps=config.attack.eps) for text in config.eval.attacks]
+    results = judge(trained, images, specs, run.path / "eval", device, reporter, reuse=True)
+    try:
+        path = build_report(trained, run, images, out=run.path / "report.html", limit=config.eval.report_images, device=device)
+        reporter.say(f"report: {path}")
+    except UserError as error:  # the results stand without it, matplotlib may be missing
+        reporter.say(f"no report: {error}")
+    return results
+
+
+def judge(
+    trained: Trained, images: ImageSet, specs: list[AttackSpec], out: Path, device: torch.device, reporter: Reporter, *,
+    reuse: bool = False, limit: int | None = None, seed: int = 0,
+) -> list[dict]:  # fmt: skip
+    """Evaluate a model on the test images; results land in `out`. reuse: keep those that `out` has of the same checkpoint."""
+    if images.num_classes != len(trained.class_names):
+        raise UserError(
+            f"{trained.path}: the model has {len(trained.class_names)} classes, {images.name} has {images.num_classes}"
+        )
+    limit = limit or trained.config.eval.limit
+    test = ResidentSplit(images.test if limit is None else images.test.subset(limit), device)
+    about = {
+        "checkpoint": str(trained.path), "stage": trained.state["stage"], "epoch": trained.state["epoch"],
+        "data": images.name, "limit": trained.config.data.limit,
+    }  # fmt: skip
+    kept, wanted = {}, []
+    for spec in specs:
+        path = out / f"{spec.key()}.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if reuse and path.exists() else {}
+        if stored.get("count") == len(test) and (stored["stage"], stored["epoch"]) == (about["stage"], about["epoch"]):
+            kept[spec.key()] = stored
+        else:
+            wanted.append(spec)
+    fresh = evaluate(
+        trained.model, test, wanted, num_classes=images.num_classes, batch_size=trained.config.eval.batch_size, seed=seed,
+        about=about, out=out, say=reporter.say,
+    ) if wanted else []  # fmt: skip
+    made = kept | {spec.key(): result for spec, result in zip(wanted, fresh, strict=True)}
+    return [made[spec.key()] for spec in specs]
