@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except UserError as error:
-        print(f"fastanchor: error: {error}", file=sys.stderr)
+        print(f"fastanchor: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         hint = f"; {interrupt}" if str(interrupt) else ""
@@ -135,7 +135,8 @@ def _train(arguments, settings: list[str]) -> int:
     try:
         results = train_and_judge(config, run, resume=bool(arguments.resume), reporter=Reporter(log=path / "train.log"))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"nothing is lost: fastanchor train --resume {path}") from None
+        begun = (path / "config.yaml").exists()
+        raise KeyboardInterrupt(f"nothing is lost: fastanchor train --resume {path}" if begun else "nothing was begun") from None
     _print_results(results, str(path))
     return 0
 

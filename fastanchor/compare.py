@@ -20,14 +20,12 @@ import statistics
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
 from fastanchor.config import Config
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.files import write_text
 from fastanchor.pipeline import train_and_judge
-from fastanchor.settings import from_dict, load_recipe, parse_flags
+from fastanchor.settings import from_dict, load_recipe, parse_flags, read_yaml
 from fastanchor.train.progress import Reporter
 from fastanchor.train.run import RunDir
 
@@ -54,26 +52,24 @@ def plan_names() -> list[str]:
 def load_plan(name: str) -> Plan:
     """A packaged plan by name, or a YAML file by path. Raises UserError."""
     if name in plan_names():
-        text, where = (resources.files("fastanchor") / "recipes" / "plans" / f"{name}.yaml").read_text(encoding="utf-8"), name
+        with resources.as_file(resources.files("fastanchor") / "recipes" / "plans" / f"{name}.yaml") as path:
+            values, where = read_yaml(path), name
+    elif Path(name).is_file():
+        values, where = read_yaml(name), name
     else:
-        path, where = Path(name), name
-        if not path.is_file():
-            raise UserError(
-                f"plan {name!r} is not known{did_you_mean(name, plan_names())}; plans: {', '.join(plan_names())}, or a .yaml file"
-            )
-        text = path.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        hint = did_you_mean(name, plan_names())
+        raise UserError(f"plan {name!r} is not known{hint}; plans: {', '.join(plan_names())}, or a .yaml file")
     _check_keys(values, PLAN_KEYS, ("runs",), where)
-    runs = {}
+    if not isinstance(values["runs"], list):
+        raise UserError(f"{where}: runs = {values['runs']}: must be a list of runs")
+    runs: dict[str, Config] = {}
     for entry in values["runs"]:
         _check_keys(entry, RUN_KEYS, RUN_KEYS[:2], f"{where}: runs")
-        if entry["name"] in runs:
-            raise UserError(f"{where}: two runs are named {entry['name']!r}")
+        title = str(entry["name"])
+        if _slug(title) in map(_slug, runs):
+            raise UserError(f"{where}: two runs are named {title!r}, or nearly so: their folders would be one")
         base = from_dict(values.get("set", {}), where, load_recipe(entry["recipe"]))
-        runs[entry["name"]] = from_dict(entry.get("set", {}), f"{where}: {entry['name']}", base)
+        runs[title] = from_dict(entry.get("set", {}), f"{where}: {title}", base)
     attacks, seeds = values.get("attacks", ["pgd20"]), values.get("seeds", [0])
     if not isinstance(attacks, list) or not attacks:
         raise UserError(f"{where}: attacks = {attacks}: must be a list of attacks")

@@ -6,7 +6,6 @@ Fractions such as `8/255` are numbers everywhere. How configurations are read is
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -15,7 +14,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 def parse_number(text: str) -> float:
     """`0.031`, `1e-3` or a fraction such as `8/255`, as a float. Raises ValueError."""
     try:
-        return float(Fraction(text)) if "/" in text else float(text)
+        numerator, slash, denominator = text.partition("/")
+        return float(numerator) / float(denominator) if slash else float(text)
     except ZeroDivisionError:
         raise ValueError(f"{text!r} divides by zero") from None
 

@@ -63,10 +63,10 @@ def from_dict(values: dict[str, Any], where: str, base: Config | None = None) ->
     return parse_flags(_flatten(values, where), base or Config(), where=where)
 
 
-def load_file(path: str | Path) -> Config:
-    """Read a recipe or a run's config.yaml. Raises UserError."""
+def read_yaml(path: str | Path) -> Any:
+    """The plain values of a YAML file. Raises UserError with one sentence."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +78,11 @@ def load_file(path: str | Path) -> Config:
         raise UserError(f"{path}: not valid YAML{line}: {problem}") from None
     except ValueError as error:  # a value that looks like a date, say, and is none
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    return from_dict(values, str(path))
+
+
+def load_file(path: str | Path) -> Config:
+    """Read a recipe or a run's config.yaml. Raises UserError."""
+    return from_dict(read_yaml(path), str(path))
 
 
 def recipe_names() -> list[str]:
@@ -199,7 +203,7 @@ def _flatten(values: dict[str, Any], where: str, prefix: str = "") -> list[str]:
                 raise UserError(f"{where}: {key} = {value}: must be true or false")
             head, _, tail = flag[2:].rpartition(".")
             flags.append(flag if value else "--" + (f"{head}." if head else "") + f"no-{tail}")
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             flags += [flag, *map(str, value)]
         else:
             flags.append(f"{flag}={value}")  # as one word, so that a value may begin with a dash

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 
+from fastanchor import settings
 from fastanchor.config import Config
 from fastanchor.models import build_model
 from fastanchor.train import checkpoint
@@ -45,7 +46,7 @@ def tiny_run(tmp_path_factory):
     run.create(config, torch.device("cpu"))
     mean, std = (0.3, 0.3, 0.3), (0.4, 0.4, 0.4)
     state = {
-        "config": dataclasses.asdict(config), "class_names": [str(digit) for digit in range(10)], "mean": list(mean),
+        "config": settings.to_dict(config), "class_names": [str(digit) for digit in range(10)], "mean": list(mean),
         "std": list(std), "stage": 1, "epoch": 1, "weights": model_from_config(config, 10, mean, std).state_dict(),
     }  # fmt: skip
     checkpoint.save(run.checkpoints / "best.pt", state)

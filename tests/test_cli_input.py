@@ -226,7 +226,7 @@ RUN = "runs: [{name: a, recipe: standard}]"
     [
         ("", "must be a mapping with the keys title, attacks, seeds, set, runs"),
         ("- 1", "must be a mapping with the keys title, attacks, seeds, set, runs"),
-        ("runs: [", "not valid YAML: while parsing a flow node"),
+        ("runs: [", "not valid YAML in line 1: "),
         ("runz: []", "unknown key 'runz'; did you mean 'runs'?; allowed: title, attacks, seeds, set, runs"),
         ("title: x", "lacks 'runs'"),
         ("runs: []", "lacks 'runs'"),
@@ -253,15 +253,17 @@ def test_bad_plans(refused, tmp_path, plan, message):
 @pytest.mark.parametrize(
     "plan",
     [
-        b"runs: 3",
         b"seeds: 3\nruns: [{name: a, recipe: standard}]",
         b"seeds: [x]\nruns: [{name: a, recipe: standard}]",
         b"seeds: []\nruns: [{name: a, recipe: standard}]",
+        b"attacks: pgd20\nruns: [{name: a, recipe: standard}]",
+        b"attacks: []\nruns: [{name: a, recipe: standard}]",
+        b"runs: 3",
         b"seeds: 2024-13-45",
-        b"runs: [{name: 3, recipe: standard}]",
+        b"runs: [{name: 3, recipe: standard, sett: 1}]",
         b"\xff\xfe\x00\x81",
     ],
-)
+)  # fmt: skip
 def test_plans_of_wrong_types(refused, tmp_path, plan):
     path = tmp_path / "plan.yaml"
     path.write_bytes(plan)

@@ -70,6 +70,7 @@ def test_two_runs_and_two_seeds_in_one_table(plan, tmp_path, capsys):
         ("runs: [{name: a, recipe: anchor, sett: {}}]", "unknown key 'sett'; did you mean 'set'?"),
         ("runs: [{name: a}]", "lacks 'recipe'"),
         ("runs: [{name: a, recipe: anchor}, {name: a, recipe: standard}]", "two runs are named 'a'"),
+        ("runs: [{name: a b, recipe: anchor}, {name: a-b, recipe: standard}]", "two runs are named 'a-b', or nearly so"),
         ("runs: [{name: a, recipe: anchor, set: {epoch: 3}}]", "a: unknown setting epoch = 3; did you mean 'epochs'?"),
         ("runs: {", "not valid YAML"),
         ("- 1", "must be a mapping with the keys title, attacks, seeds, set, runs"),

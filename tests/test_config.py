@@ -53,7 +53,7 @@ def flag(key):
 
 @pytest.mark.parametrize(
     "text, value",
-    [("8/255", 8 / 255), ("0.031", 0.031), ("1e-3", 1e-3), ("-1/2", -0.5), ("3", 3.0), (" 2 / 4 ", None), ("1/0", None), ("x", None),
+    [("8/255", 8 / 255), ("0.031", 0.031), ("1e-3", 1e-3), ("-1/2", -0.5), ("3", 3.0), (" 2 / 4 ", 0.5), ("1.5/255", 1.5 / 255), ("1/0", None), ("x", None),
      ("", None), ("8//255", None), ("1/2/3", None)],
 )  # fmt: skip
 def test_numbers_and_fractions(text, value):
@@ -242,6 +242,7 @@ def test_ways_of_writing_flags(flags, key, value):
         ({"data": {"limit": None}}, "data.limit", None),
         ({"eval": {"attacks": "pgd20"}}, "eval.attacks", ("pgd20",)),
         ({"optim": {"milestones": []}}, "optim.milestones", ()),
+        ({"optim": {"milestones": (1, 2.5)}}, "optim.milestones", (1.0, 2.5)),
         ({"optim": {"milestones": [1, "3/2"]}}, "optim.milestones", (1.0, 1.5)),
         ({"data": {"root": "--epochs"}}, "data.root", "--epochs"),
         ({"data": {"root": "-x"}}, "data.root", "-x"),
@@ -384,13 +385,14 @@ def test_help_lists_every_key_with_the_recipes_value(capsys, monkeypatch, name):
     with pytest.raises(SystemExit) as stop:
         parse_flags(["--help"], recipe)
     assert not stop.value.code
-    help_text = " ".join(capsys.readouterr().out.split())
+    # A setting is a line `  --key KIND`, then its text further to the right.
+    _, *parts = re.split(r"^  (--[\w.-]+).*$", capsys.readouterr().out, flags=re.MULTILINE)
+    texts = {name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)}
     for key in KEYS:
         value = get(recipe, key)
         words = [f"{v:g}" if isinstance(v, float) else str(v) for v in (value if isinstance(value, tuple) else (value,))]
-        found = re.search(rf" {re.escape(flag(key))}[ ,].*?\(default: (.*?)\)(?= --| *$| [a-z0-9]+ options)", help_text)
-        assert found, key
-        assert found[1] == " ".join(words), key
+        assert f"(default: {' '.join(words)})" in texts[flag(key)], key
+    assert texts["--attack.steps"] == f"Gradient steps. (default: {recipe.attack.steps})"
 
 
 # -- settings that do not go together ---------------------------------------------------------------------------------------

@@ -365,8 +365,8 @@ def test_resnet_initialisation_is_torchs_default():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("resnt18", {}, "model 'resnt18' is unknown (nearest: 'resnet18'); allowed: " + ", ".join(MODELS)),
-        ("WRN-28-10", {}, "nearest: 'wrn28_10'"),
+        ("resnt18", {}, "model 'resnt18' is unknown; did you mean 'resnet18'?; allowed: " + ", ".join(MODELS)),
+        ("WRN-28-10", {}, "did you mean 'wrn28_10'?"),
         ("qqq", {}, "model 'qqq' is unknown; allowed: "),
         (["resnet18"], {}, "model ['resnet18'] is unknown"),
         ("wrn27_10", {}, "depth is 27;"),
@@ -377,7 +377,7 @@ def test_resnet_initialisation_is_torchs_default():
         ("resnet18", {"width": 8.0}, "width is 8.0;"),
         ("resnet18", {"width": True}, "width is True;"),
         ("resnet18", {"num_classes": 1}, "num_classes is 1; allowed: a whole number of at least 2"),
-        ("resnet18", {"head": "mpl"}, "head 'mpl' is unknown (nearest: 'mlp'); allowed: mlp, linear, identity"),
+        ("resnet18", {"head": "mpl"}, "head 'mpl' is unknown; did you mean 'mlp'?; allowed: mlp, linear, identity"),
         ("resnet18", {"head_dim": 0}, "head_dim is 0;"),
         ("resnet18", {"head_hidden": 0}, "head_hidden is 0;"),
         ("resnet18", {"head": "linear", "head_dim": -1}, "head_dim is -1;"),

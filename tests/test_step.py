@@ -10,6 +10,8 @@ from fastanchor.config import Config
 from fastanchor.data import views
 from fastanchor.methods import build_method
 from fastanchor.models import build_model
+from fastanchor.reference.attacks import pgd as reference_pgd
+from fastanchor.reference.hard_supcon import hard_supcon
 from fastanchor.reference.step import anchor_step
 from fastanchor.settings import parse_flags
 from fastanchor.train.memory import explain_out_of_memory
@@ -145,6 +147,28 @@ def test_attack_objectives_raise_what_they_maximise(batch, objective):
 
     noise = 0.1 * torch.randn(made["aug"].shape, generator=torch.Generator().manual_seed(0)).sign()
     assert value(made["adv"]) > max(value(made["aug"]), value((made["aug"] + noise).clamp(0, 1))) + 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ce+hsc", "hsc"])
+def test_joint_attack_is_the_reference_attack_on_the_written_out_objective(batch, kind):
+    images, labels = batch
+    model = make_model()
+    step = make_step(make_config("--attack.objective", kind, "--no-channels-last"), model)
+    made = step.make_views(images, labels, 1.0)
+    model.eval()
+    with torch.no_grad():
+        fixed = model(made["aug"], embed=True)[1]
+
+    def objective(outputs, labels):
+        logits, embeddings = outputs
+        value = 0.5 * 12 * hard_supcon(torch.cat([fixed, embeddings]), labels.repeat(2), temperature=0.1, beta=2.0)
+        return value + torch.nn.functional.cross_entropy(logits, labels, reduction="sum") if kind == "ce+hsc" else value
+
+    start = torch.empty_like(made["aug"]).uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(1))
+    expected = reference_pgd(
+        lambda x: model(x, embed=True), made["aug"], labels, eps=0.1, step_size=0.05, steps=2, objective=objective, start=start
+    )
+    torch.testing.assert_close(made["adv"], expected, rtol=0, atol=1e-6)
 
 
 def test_beta_rises_over_the_warm_up():

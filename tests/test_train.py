@@ -339,7 +339,8 @@ def test_interrupting_loses_nothing(tmp_path):
     flags = [flag for flag in SMALL if flag not in ("--data.source", "synthetic")]
     command = [sys.executable, "-m", "fastanchor.cli", "train", "anchor", "--data", "synthetic", "--out", str(tmp_path / "run"), *flags,
                "--epochs", "200", "--stage2.mode", "none"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     for line in process.stdout:
         if line.startswith("stage 1  epoch   2/200"):
             break

@@ -43,7 +43,9 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
     check_config(config)
     reporter = reporter or Reporter()
     device = environment.pick_device(config.device)
-    if not resume:
+    if resume:
+        run.describe(device)
+    else:
         run.create(config, device)
     state, note = checkpoint.load_latest(run.checkpoints) if resume else (None, None)
     if note:

@@ -39,11 +39,18 @@ class RunDir:
             more = f"; to go on with it: fastanchor train --resume {self.path}" if (self.path / "config.yaml").exists() else ""
             raise UserError(f"{self.path}: exists and is not empty, and a run never overwrites one{more}")
         try:
+            # The configuration comes first: from there on the run can be resumed.
             self.checkpoints.mkdir(parents=True)
-            write_text(self.path / "env.json", json.dumps(environment.describe(device), indent=2) + "\n")
             write_text(self.path / "config.yaml", settings.dump(config))
+            self.describe(device)
         except OSError as error:
             raise UserError(f"{self.path}: the run's folder cannot be written ({error.strerror})") from None
+
+    def describe(self, device: torch.device) -> None:
+        """Write env.json, unless it is there: it tells where the run began."""
+        path = self.path / "env.json"
+        if not path.exists():
+            write_text(path, json.dumps(environment.describe(device), indent=2) + "\n")
 
     def open(self) -> Config:
         """The configuration of an existing run. Raises UserError."""
