@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastanchor.reference.hard_supcon import check_name, check_options, hard_supcon
+from fastanchor.reference.checks import check_name, check_options
+from fastanchor.reference.hard_supcon import hard_supcon
 
 IMPLEMENTATIONS = {"torch": hard_supcon}
 BACKENDS = ("auto", *IMPLEMENTATIONS)

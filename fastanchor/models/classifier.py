@@ -172,7 +172,9 @@ def _projection(head: str, num_features: int, hidden: int, dim: int) -> nn.Modul
 
 
 def _unknown(key: str, value: object, allowed: Sequence[str], more: str = "") -> UserError:
-    return UserError(f"{key} {value!r} is unknown{did_you_mean(str(value).lower(), allowed)}; allowed: {', '.join(allowed)}{more}")
+    return UserError(
+        f"{key} {value!r} is unknown{did_you_mean(str(value).lower(), allowed)}; allowed: {', '.join(allowed)}{more}"
+    )
 
 
 def _numbers(key: str, values: Sequence[float]) -> list[float]:

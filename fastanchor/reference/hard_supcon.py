@@ -82,12 +82,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastanchor.errors import UserError, did_you_mean
-
-WEIGHTS = ("uniform", "exp", "pow", "topk")
-NORMALIZERS = ("sum", "count")
-DENOMINATORS = ("all", "pairwise", "negatives")
-REDUCTIONS = ("mean_valid", "mean_all", "sum", "none")
+from fastanchor.errors import UserError
+from fastanchor.reference.checks import check_name, check_options, check_rows, check_view_matrices, describe
 
 ZERO_NORM = 1e-12  # F.normalize's threshold, but without its 1 / 1e-12 gradient
 POW_EPS = 1e-6  # about ten roundings of s near 1 in fp32, so the weight of a duplicate does not depend on rounding
@@ -267,19 +263,19 @@ def _pairs(
     """Similarities and the index sets P, A, N of the module docstring."""
     own_keys = ref_embeddings is None
     refs = {"ref_labels": ref_labels, "ref_views": ref_views, "ref_instances": ref_instances}
-    _check_rows("embeddings", embeddings, labels=labels, views=views, instances=instances)
+    check_rows("embeddings", embeddings, labels=labels, views=views, instances=instances)
     if own_keys:
         for name in (name for name, value in refs.items() if value is not None):
             raise UserError(f"{name} is given without ref_embeddings, but it describes their rows")
         ref_labels, ref_views, ref_instances = labels, views, instances
     else:
-        _check_rows("ref_embeddings", ref_embeddings, **refs)
+        check_rows("ref_embeddings", ref_embeddings, **refs)
         if ref_embeddings.shape[1] != embeddings.shape[1]:
             columns = [value.shape[1] for value in (ref_embeddings, embeddings)]
             raise UserError(f"ref_embeddings has {columns[0]} columns, but must have {columns[1]} as embeddings has")
         if (instances is None) != (ref_instances is None):
             raise UserError("instances and ref_instances must both be given, or neither, when ref_embeddings is given")
-    _check_view_matrices(positive_coef, denominator_mask, views, ref_views)
+    check_view_matrices(positive_coef, denominator_mask, views, ref_views)
 
     dtype = embeddings.dtype if own_keys else torch.promote_types(embeddings.dtype, ref_embeddings.dtype)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -379,66 +375,9 @@ def _anchor_mask(anchors, views, embeddings):
     ids = [anchors] if isinstance(anchors, int) else anchors
     if isinstance(ids, Tensor) or not isinstance(ids, Sequence) or not ids or not all(type(view) is int for view in ids):
         raise UserError(
-            f"anchors is {_describe(anchors)}, but must be a bool tensor of shape ({embeddings.shape[0]},), a view id or a "
+            f"anchors is {describe(anchors)}, but must be a bool tensor of shape ({embeddings.shape[0]},), a view id or a "
             "non-empty sequence of view ids"
         )
     if views is None:
         raise UserError(f"anchors is {anchors!r}, but view ids need views, which is missing")
     return torch.stack([views == view for view in ids]).any(0)
-
-
-def check_options(**options) -> None:
-    """Raise UserError for a bad option of `hard_supcon` that is a number or a name; of a tensor `beta` only the shape is read."""
-    names = {"weight": WEIGHTS, "normalizer": NORMALIZERS, "denominator": DENOMINATORS, "reduction": REDUCTIONS}
-    for name, value in options.items():
-        if name in names:
-            check_name(name, value, names[name])
-        elif name == "beta" and isinstance(value, Tensor):
-            if value.dim() != 0 or not value.is_floating_point():
-                raise UserError(f"beta is {_describe(value)}, but must be a number or a 0-d floating tensor")
-        elif name == "k":
-            if type(value) is not int or value < 1:
-                raise UserError(f"k is {value!r}, but must be a whole number >= 1")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{name} is {_describe(value)}, but must be a finite number")
-        elif name == "temperature" and value <= 0:
-            raise UserError(f"temperature is {value!r}, but must be > 0")
-
-
-def check_name(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise UserError unless `value` is one of the `allowed` names."""
-    if value not in allowed:
-        raise UserError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
-
-
-def _check_rows(name, embeddings, **ids):
-    """ids: labels first, which must be there, then the optional ones."""
-    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or not embeddings.is_floating_point() or 0 in embeddings.shape:
-        raise UserError(f"{name} is {_describe(embeddings)}, but must be a floating tensor of shape (rows, features), not empty")
-    for position, (id_name, value) in enumerate(ids.items()):
-        if value is None and position > 0:
-            continue
-        tensor = isinstance(value, Tensor)
-        integer = tensor and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-        if not integer or value.shape != embeddings.shape[:1]:
-            raise UserError(
-                f"{id_name} is {_describe(value)}, but must be an integer tensor of shape ({embeddings.shape[0]},) as {name} has "
-                f"{embeddings.shape[0]} rows"
-            )
-
-
-def _check_view_matrices(positive_coef, denominator_mask, views, ref_views):
-    matrices = {"positive_coef": positive_coef, "denominator_mask": denominator_mask}
-    given = {name: value for name, value in matrices.items() if value is not None}
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[0] != value.shape[1]:
-            raise UserError(f"{name} is {_describe(value)}, but must be a tensor of shape (views, views)")
-        if views is None or ref_views is None:
-            raise UserError(f"{name} is given, but {'views' if views is None else 'ref_views'}, a view id per row, is missing")
-    if len({value.shape for value in given.values()}) > 1:
-        shapes = [tuple(value.shape) for value in matrices.values()]
-        raise UserError(f"denominator_mask has shape {shapes[1]}, but must have that of positive_coef, {shapes[0]}")
-
-
-def _describe(value):
-    return f"a {value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
