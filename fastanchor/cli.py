@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastanchor.errors import UserError, did_you_mean
+from fastanchor.files import slug
 
 COMMANDS = ("train", "eval", "attack", "report", "compare", "doctor")
 
@@ -196,14 +197,20 @@ def _eval(arguments, _settings) -> int:
             raise UserError(f"--batch-size = {arguments.batch_size}: must be >= 1")
         evaluation = dataclasses.replace(trained.config.eval, batch_size=arguments.batch_size)
         trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, eval=evaluation))
-    given = Path(arguments.model)
-    folder = given / "eval" if given.is_dir() else given.with_name(f"{given.stem}-eval")
-    results = judge(
-        trained, images, specs, Path(arguments.out) if arguments.out else folder, device, Reporter(),
-        limit=arguments.limit, seed=arguments.seed,
-    )  # fmt: skip
+    out = Path(arguments.out) if arguments.out else _results_folder(arguments)
+    results = judge(trained, images, specs, out, device, Reporter(), limit=arguments.limit, seed=arguments.seed)
     _print_results(results, str(trained.path))
     return 0
+
+
+def _results_folder(arguments) -> Path:
+    """RUN/eval, or a folder in it for other images or another seed: a partial figure never takes the place of a full one."""
+    given = Path(arguments.model)
+    folder = given / "eval" if given.is_dir() else given.with_name(f"{given.stem}-eval")
+    parts = [slug(arguments.data)] if arguments.data else []
+    parts += [f"limit{arguments.limit}"] if arguments.limit else []
+    parts += [f"seed{arguments.seed}"] if arguments.seed else []
+    return folder / "-".join(parts) if parts else folder
 
 
 def _number(text: str, name: str) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import statistics
 from importlib import resources
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 from fastanchor.config import Config
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.evaluate.protocol import parse_attack
-from fastanchor.files import write_text
+from fastanchor.files import slug, write_text
 from fastanchor.pipeline import train_and_judge
 from fastanchor.settings import from_dict, load_recipe, parse_flags, read_yaml
 from fastanchor.train.progress import Reporter
@@ -66,7 +65,7 @@ def load_plan(name: str) -> Plan:
     for entry in values["runs"]:
         _check_keys(entry, RUN_KEYS, RUN_KEYS[:2], f"{where}: runs")
         title = str(entry["name"])
-        if _slug(title) in map(_slug, runs):
+        if slug(title) in map(slug, runs):
             raise UserError(f"{where}: two runs are named {title!r}, or nearly so: their folders would be one")
         base = from_dict(values.get("set", {}), where, load_recipe(entry["recipe"]))
         runs[title] = from_dict(entry.get("set", {}), f"{where}: {title}", base)
@@ -90,7 +89,7 @@ def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) ->
         for name, base in plan.runs.items():
             config = parse_flags(overrides, dataclasses.replace(base, seed=seed))
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, attacks=plan.attacks))
-            run = RunDir(out / f"{_slug(name)}-seed{seed}")
+            run = RunDir(out / f"{slug(name)}-seed{seed}")
             resume = (run.path / "config.yaml").exists()
             if resume and run.open() != config:
                 raise UserError(f"{run.path}: holds a run of other settings; choose another --out")
@@ -130,7 +129,3 @@ def _check_keys(values, allowed: tuple[str, ...], needed: tuple[str, ...], where
     for key in needed:
         if not values.get(key):
             raise UserError(f"{where}: lacks {key!r}")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()

@@ -1,8 +1,9 @@
-"""Writing files so that a kill or a full disk never leaves a half one in place of a whole one."""
+"""Writing files so that a kill or a full disk never leaves a half one in place of a whole one, and naming them."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 
@@ -11,3 +12,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def slug(text: str) -> str:
+    """The text as a file name: letters and digits, everything else a hyphen."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()

@@ -1,6 +1,7 @@
 """The training loop: what a run leaves behind, resume to the same bits, stages, selection, and what stops it."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -247,6 +248,24 @@ def test_stage_2_starts_from_the_best_backbone_and_leaves_it_alone(images, tmp_p
         same = torch.equal(value, first["weights"][name])
         assert same != name.startswith("classifier."), name
     assert [(row["stage"], row["epoch"]) for row in run.history()] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+
+
+def test_a_stage_2_that_falls_behind_is_told(images, tmp_path, capsys, monkeypatch):
+    from fastanchor.train import loop
+
+    run = RunDir(tmp_path / "run")
+    real = loop.measure
+
+    def worse_in_stage_2(model, data, attack=None, **options):
+        score = real(model, data, attack, **options)
+        kept = (run.checkpoints / "stage1_best.pt").exists()
+        return dataclasses.replace(score, accuracy=20.0 if kept else 60.0)
+
+    monkeypatch.setattr(loop, "measure", worse_in_stage_2)
+    train(config_of("--stage2.mode", "slf", "--epochs", "1"), images, run)
+    printed = capsys.readouterr().out
+    assert "note: stage 2's robust accuracy is 20.0 % on the validation split, stage 1's 60.0 %" in printed
+    assert printed.strip().endswith(f"or judge {run.checkpoints / 'stage1_best.pt'}")
 
 
 def test_undefended_training_selects_by_clean_accuracy(images, tmp_path):

@@ -166,6 +166,8 @@ class _Trainer:
                 self.reporter.end_epoch(row, epochs)
         finally:
             self.reporter.end_stage()
+        if number == 2:
+            self._compare_stages(stage.best)
 
     def _epoch(
         self, stage: _Stage, config: Config, epoch: int, epochs: int, batch_size: int, drop_last: bool, steps: int
@@ -236,6 +238,14 @@ class _Trainer:
             stage.average.steps = state["average_steps"]
         stage.step.optimizer.load_state_dict(state["optimizer"])
         stage.best = _Best(**state["best"])
+
+    def _compare_stages(self, second: _Best) -> None:
+        """Say it where the new classifier is worse than the one that stage 1 had: best.pt is stage 2's all the same."""
+        path = self.run.checkpoints / "stage1_best.pt"
+        first = _Best(**checkpoint.load(path)["best"])
+        if second.robust < first.robust:
+            figures = f"{second.robust:.1f} % on the validation split, stage 1's {first.robust:.1f} %"
+            self.reporter.say(f"note: stage 2's robust accuracy is {figures}; train stage 2 longer, or judge {path}")
 
     def _start_stage2(self) -> None:
         """Begin from stage 1's best epoch, which is kept as stage1_best.pt, with a new classifier."""
