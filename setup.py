@@ -21,6 +21,7 @@ DEV = [
     *TENSORBOARD,
     "pytest>=8,<10",
     "pytest-benchmark>=5,<6",
+    "pytest-xdist>=3.5,<4",
     "hypothesis>=6.100,<7",
     "ruff>=0.9,<1",
     "pytorch-metric-learning>=2.5,<3",
