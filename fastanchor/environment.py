@@ -58,7 +58,7 @@ def describe(device: torch.device) -> dict:
     return {
         "fastanchor": __version__,
         "commit": _commit(),
-        "command": shlex.join(sys.argv),
+        "command": _command(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device_name(device),
@@ -67,6 +67,12 @@ def describe(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "packages": package_versions(),
     }
+
+
+def _command() -> str:
+    """The command line without the folder of the program, which is this machine's affair."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["fastanchor" if program == "cli.py" else program, *sys.argv[1:]])
 
 
 def _processor() -> str:
