@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -182,6 +183,19 @@ def test_two_stages_are_told_apart(full, images):
     assert "Shaded: stage 2" in full.page.text
     assert gap_sentence(full.run.history(), 1, len(images.val)) in full.page.text
     assert "Stage 2: validation robust accuracy was highest after epoch 3, 35.0 %, the last one validated" in full.page.text
+
+
+def test_figures_follow_the_pgd_at_the_recipe_s_eps_not_the_mildest(full, images, tmp_path):
+    config = full.trained.config
+    specs = [parse_attack(text, default_eps=config.attack.eps) for text in ("pgd2:eps=0.001", "pgd2", "pgd1")]
+    out = shutil.copytree(full.run.path, tmp_path / "run")
+    shutil.rmtree(out / "eval")
+    about = {"stage": full.trained.state["stage"], "epoch": full.trained.state["epoch"]}
+    data = ResidentSplit(images.test.subset(40), CPU)
+    evaluate(full.trained.model, data, specs, num_classes=10, batch_size=40, seed=0, about=about, out=out / "eval")
+    text, _ = report(RunDir(out), images, limit=12)
+    captions = [caption for caption in re.findall(r"Attack: (PGD[^)]*\))", text) if caption]
+    assert captions and {caption.split(" (")[1] for caption in captions} == {specs[1].describe().split(" (")[1]}
 
 
 def test_gap_sentence():
