@@ -193,6 +193,9 @@ def test_figures_follow_the_pgd_at_the_recipe_s_eps_not_the_mildest(full, images
     about = {"stage": full.trained.state["stage"], "epoch": full.trained.state["epoch"]}
     data = ResidentSplit(images.test.subset(40), CPU)
     evaluate(full.trained.model, data, specs, num_classes=10, batch_size=40, seed=0, about=about, out=out / "eval")
+    for spec, robust in zip(specs, (90.0, 30.0, 40.0), strict=True):  # figures as a trained model would have them
+        path = out / "eval" / f"{spec.key()}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"robust_accuracy": robust}))
     text, _ = report(RunDir(out), images, limit=12)
     captions = [caption for caption in re.findall(r"Attack: (PGD[^)]*\))", text) if caption]
     assert captions and {caption.split(" (")[1] for caption in captions} == {specs[1].describe().split(" (")[1]}
