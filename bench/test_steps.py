@@ -1,6 +1,7 @@
 """The attack and the whole training step, the plain reference beside the engine: `make bench` (pytest-benchmark).
 
-The two take turns round by round in one process, so that a machine that speeds up or slows down does so for both. CPU figures.
+The reference runs in fp32 and NCHW throughout; bf16 is the engine's. The two take turns round by round in one process, so that a
+machine that speeds up or slows down does so for both. CPU figures.
 """
 
 from __future__ import annotations

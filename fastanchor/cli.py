@@ -37,14 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"fastanchor: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader (head, less) has gone. Point stdout at nothing, so that the interpreter's last flush does not fail too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        if error.filename is None:
+            raise
+        print(f"fastanchor: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         hint = f"; {interrupt}" if str(interrupt) else ""
         print(f"\nfastanchor: interrupted{hint}", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        # The reader (head, less) has gone. Point stdout at nothing, so that the interpreter's last flush does not fail too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -161,6 +166,7 @@ def _add_eval(commands, name: str) -> None:
 def _add_data_options(parser) -> None:
     parser.add_argument("--data", metavar="SOURCE", help="test images from another source than the model's own")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N test images, class-balanced")
+    parser.add_argument("--skip-broken", action="store_true", help="leave unreadable images of a folder out")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
 
 
@@ -174,12 +180,16 @@ def _load(arguments):
 
     device = environment.pick_device(arguments.device)
     trained = load_trained(arguments.model, device)
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed = {arguments.seed}: must be in [0, 2^63)")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit = {arguments.limit}: must be >= 1")
-    config = trained.config
+    data = trained.config.data
     if arguments.data:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=arguments.data, limit=None))
-    return trained, load_images(config), device
+        size = data.image_size if arguments.data.startswith("folder:") else None
+        data = dataclasses.replace(data, source=arguments.data, limit=None, image_size=size)
+    data = dataclasses.replace(data, skip_broken=data.skip_broken or arguments.skip_broken)
+    return trained, load_images(dataclasses.replace(trained.config, data=data)), device
 
 
 def _eval(arguments, _settings) -> int:
@@ -263,7 +273,7 @@ def _add_report(commands, name: str) -> None:
         "--limit", type=int, metavar="N", help="test images attacked for the figures (default: eval.report_images)"
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
-    parser.set_defaults(run=_report, data=None)
+    parser.set_defaults(run=_report, data=None, skip_broken=False, seed=0)
 
 
 def _report(arguments, _settings) -> int:
@@ -371,8 +381,10 @@ def _cell(value: dict) -> str:
 
 def _wide_console() -> Console:
     """A pipe has no width of its own: there a table is never folded."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    from fastanchor.train.progress import PipeConsole
+
+    console = PipeConsole()
+    return console if console.is_terminal else PipeConsole(width=200)
 
 
 if __name__ == "__main__":

@@ -82,22 +82,41 @@ def load_plan(name: str) -> Plan:
 def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) -> list[dict]:
     """Run what is missing of a plan under `out`, then write out/compare.json; returns its rows.
 
-    overrides: flags for every run, applied last. A run that was interrupted is resumed, a finished one is read.
+    overrides: flags for every run, applied last. A run that was interrupted is resumed, a finished one is read. Raises UserError
+    where the runs would not be judged alike.
     """
-    results: dict[str, list[tuple[list[dict], RunDir]]] = {name: [] for name in plan.runs}
+    for flag, key in (("--seed", "seeds"), ("--eval.attacks", "attacks")):
+        if any(arg.partition("=")[0] == flag for arg in overrides):
+            raise UserError(f"{flag}: the plan states it for all runs; change {key!r} there")
+    configs = _judged_alike({name: parse_flags(overrides, base) for name, base in plan.runs.items()}, plan.attacks)
+    results: dict[str, list[tuple[list[dict], RunDir]]] = {name: [] for name in configs}
     for seed in plan.seeds:
-        for name, base in plan.runs.items():
-            config = parse_flags(overrides, dataclasses.replace(base, seed=seed))
-            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, attacks=plan.attacks))
+        for name, base in configs.items():
+            config = dataclasses.replace(base, seed=seed)
             run = RunDir(out / f"{slug(name)}-seed{seed}")
             resume = (run.path / "config.yaml").exists()
             if resume and run.open() != config:
                 raise UserError(f"{run.path}: holds a run of other settings; choose another --out")
             reporter.say(f"\n== {name}, seed {seed} -> {run.path}")
             results[name].append((train_and_judge(config, run, resume=resume, reporter=reporter), run))
-    rows = [_row(name, plan.runs[name], outcome) for name, outcome in results.items()]
+    rows = [_row(name, configs[name], outcome) for name, outcome in results.items()]
     write_text(out / "compare.json", json.dumps({"title": plan.title, "seeds": list(plan.seeds), "rows": rows}, indent=2) + "\n")
     return rows
+
+
+def _judged_alike(configs: dict[str, Config], attacks: tuple[str, ...]) -> dict[str, Config]:
+    """Every run judged by the same attacks, stated in full at the first run's eps, on the same images. Raises UserError."""
+    first_name, first = next(iter(configs.items()))
+    specs = [parse_attack(text, default_eps=first.attack.eps) for text in attacks]
+    if len({spec.describe() for spec in specs}) < len(specs):
+        raise UserError(f"attacks = {', '.join(attacks)}: two of them read alike in the table")
+    stated = tuple(spec.text() for spec in specs)
+    judged = {}
+    for name, config in configs.items():
+        if (config.data, config.eval.limit) != (first.data, first.eval.limit):
+            raise UserError(f"{name}: its data or eval.limit differ from {first_name}'s; the runs of a plan share one test set")
+        judged[name] = dataclasses.replace(config, eval=dataclasses.replace(config.eval, attacks=stated))
+    return judged
 
 
 def _row(name: str, config: Config, outcome: list[tuple[list[dict], RunDir]]) -> dict:

@@ -215,7 +215,7 @@ class Config:
     """Also write TensorBoard events into the run (needs the extra `tensorboard`)."""
 
 
-# Allowed ranges, as (dotted key, test, what is allowed). Types and choices are checked by the parser.
+# Allowed ranges: dotted key -> (test, what is allowed). Types and choices are checked by the parser.
 _positive = (lambda v: v > 0, "> 0")
 _not_negative = (lambda v: v >= 0, ">= 0")
 _at_least_one = (lambda v: v >= 1, ">= 1")

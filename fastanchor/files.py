@@ -10,7 +10,10 @@ from pathlib import Path
 def write_text(path: Path, text: str) -> None:
     """Replace a file whole: written aside, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,9 +12,10 @@ from fastanchor.data import sources
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import ImageSet
 from fastanchor.errors import UserError
+from fastanchor.evaluate.autoattack import require_autoattack
 from fastanchor.evaluate.protocol import AttackSpec, parse_attack
 from fastanchor.evaluate.report import build_report
-from fastanchor.evaluate.results import evaluate
+from fastanchor.evaluate.results import evaluate, load_result
 from fastanchor.train.loop import check_config, train
 from fastanchor.train.progress import Reporter
 from fastanchor.train.run import RunDir, Trained, load_trained
@@ -34,7 +34,12 @@ def train_and_judge(config: Config, run: RunDir, *, resume: bool, reporter: Repo
     """The whole of `fastanchor train`; returns the evaluation results. What a resumed run has already, it keeps."""
     check_config(config)
     device = environment.pick_device(config.device)
+    if not resume:
+        run.check_free()
+    specs = [parse_attack(text, default_eps=config.attack.eps) for text in config.eval.attacks]
     images = load_images(config)
+    if any(spec.name == "autoattack" for spec in specs):
+        require_autoattack(images.num_classes)  # better said now than after hours of training
     for note in images.notes:
         reporter.say(f"note: {note}")
     counts = f"{len(images.train)} train / {len(images.val)} validation / {len(images.test)} test images"
@@ -43,7 +48,6 @@ def train_and_judge(config: Config, run: RunDir, *, resume: bool, reporter: Repo
     reporter.say(f"{images.name}: {counts}, {size}; on {environment.device_name(device)}")
     train(config, images, run, resume=resume, reporter=reporter)
     trained = load_trained(run.path, device)
-    specs = [parse_attack(text, default_eps=config.attack.eps) for text in config.eval.attacks]
     results = judge(trained, images, specs, run.path / "eval", device, reporter, reuse=True)
     try:
         path = build_report(trained, run, images, out=run.path / "report.html", limit=config.eval.report_images, device=device)
@@ -62,17 +66,22 @@ def judge(
         raise UserError(
             f"{trained.path}: the model has {len(trained.class_names)} classes, {images.name} has {images.num_classes}"
         )
+    if images.class_names != trained.class_names:
+        reporter.say(
+            f"note: the model's classes are {_names(trained.class_names)}; {images.name} has {_names(images.class_names)}"
+        )
     limit = limit or trained.config.eval.limit
     test = ResidentSplit(images.test if limit is None else images.test.subset(limit), device)
     about = {
         "checkpoint": str(trained.path), "stage": trained.state["stage"], "epoch": trained.state["epoch"],
-        "data": images.name, "limit": trained.config.data.limit,
+        "data": images.name,
     }  # fmt: skip
     kept, wanted = {}, []
     for spec in specs:
         path = out / f"{spec.key()}.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if reuse and path.exists() else {}
-        if stored.get("count") == len(test) and (stored["stage"], stored["epoch"]) == (about["stage"], about["epoch"]):
+        stored = load_result(path) if reuse and path.exists() else {}
+        here = (len(test), about["stage"], about["epoch"])
+        if tuple(stored.get(name) for name in ("count", "stage", "epoch")) == here:
             kept[spec.key()] = stored
         else:
             wanted.append(spec)
@@ -82,3 +91,7 @@ def judge(
     ) if wanted else []  # fmt: skip
     made = kept | {spec.key(): result for spec, result in zip(wanted, fresh, strict=True)}
     return [made[spec.key()] for spec in specs]
+
+
+def _names(class_names: tuple[str, ...]) -> str:
+    return ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")

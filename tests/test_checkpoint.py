@@ -15,7 +15,7 @@ from fastanchor.train import checkpoint
 
 STATE = {
     "config": {}, "class_names": ["a"], "mean": [0.0], "std": [1.0], "stage": 1, "epoch": 3,
-    "weights": {"w": torch.arange(5000.0)}, "optimizer": {"lr": 0.1, "momentum": [torch.ones(3)]},
+    "weights": {"w": torch.arange(5000.0)}, "optimizer": {"lr": 0.1, "momentum": [torch.ones(3)]}, "best": {"robust": 1.0},
 }  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def test_round_trip_with_weights_only(tmp_path):
     checkpoint.save(path, STATE)
     state = checkpoint.load(path)
     assert torch.equal(state["weights"]["w"], STATE["weights"]["w"])
-    assert {k: v for k, v in state.items() if k not in ("weights", "optimizer")} == {"format": 1, **{k: STATE[k] for k in
+    assert {k: v for k, v in state.items() if k not in ("weights", "optimizer", "best")} == {"format": 1, **{k: STATE[k] for k in
             ("config", "class_names", "mean", "std", "stage", "epoch")}}  # fmt: skip
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -141,3 +141,10 @@ def test_weights_of_another_network_are_refused(tmp_path):
         checkpoint.restore_weights(
             torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, tmp_path / "c.pt"
         )
+
+
+def test_a_model_in_the_place_of_the_training_state_falls_back(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", STATE)
+    checkpoint.save(tmp_path / "last.pt", {k: v for k, v in STATE.items() if k != "optimizer"}, keep_previous=True)
+    state, note = checkpoint.load_latest(tmp_path)
+    assert "optimizer" in state and "last.pt: a model, but no state of a training; falling back to" in note

@@ -1,6 +1,9 @@
 """The commands a user types, end to end on a small run: train, eval, attack, report, and what they leave."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastanchor.cli import main
-from fastanchor.train.run import load_trained
+from fastanchor.train.run import RunDir, load_trained
 
 FLAGS = (
     "--data synthetic --limit 200 --data.augment none --model.width 4 --model.head-hidden 16 --model.head-dim 8 --attack.steps 1 "
@@ -96,6 +99,51 @@ def test_attack_writes_exact_images_and_pictures(run, tmp_path, capsys):
     assert (
         f"{summary['fooled']} of {summary['correct']} correctly classified images fooled (30 images)" in capsys.readouterr().out
     )
+
+
+def test_autoattack_that_cannot_be_run_is_told_before_training(tmp_path, capsys):
+    np.savez(tmp_path / "two.npz", train_images=np.zeros((8, 32, 32, 3), np.uint8), train_labels=np.arange(8) % 2,
+             test_images=np.zeros((4, 32, 32, 3), np.uint8), test_labels=np.arange(4) % 2)  # fmt: skip
+    arguments = [
+        "train",
+        "anchor",
+        "--data",
+        f"npz:{tmp_path / 'two.npz'}",
+        "--out",
+        str(tmp_path / "run"),
+        "--eval.attacks",
+        "autoattack",
+    ]
+    assert main(arguments) == 2
+    assert "needs at least 4 classes, this model has 2" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_the_way_is_told_before_the_data_is_read(run, capsys):
+    assert main(["train", "anchor", "--data", "npz:/nowhere", "--out", str(run)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_one_sentence(run, capsys):
+    assert main(["eval", str(run), "--attack", "fgsm", "--limit", "10", "--out", "/proc/nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("fastanchor: error: /proc/nowhere: ")
+
+
+def test_two_processes_do_not_train_in_one_run(run, capsys):
+    with RunDir(run).locked():
+        assert main(["train", "--resume", str(run)]) == 2
+    assert "another process is training here" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_training(tmp_path):
+    flags = [*FLAGS[: FLAGS.index("--eval.report-images")], "--epochs", "2", "--stage2.mode", "none"]
+    command = [sys.executable, "-m", "fastanchor.cli", "train", "anchor", "--out", str(tmp_path / "run"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE, process.stderr.read()
+    process.stderr.close()
+    assert len(list((tmp_path / "run" / "eval").glob("*.json"))) == 2 and (tmp_path / "run" / "report.html").exists()
 
 
 def test_report_can_be_made_again_elsewhere(run, tmp_path, capsys):

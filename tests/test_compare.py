@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from fastanchor.cli import main
 from fastanchor.compare import load_plan, plan_names
@@ -84,6 +85,33 @@ def test_a_bad_plan_is_told_before_anything_runs(plan, text, says):
     with pytest.raises(UserError) as caught:
         load_plan(str(plan))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, overrides, says",
+    [
+        ({}, ["--seed", "5"], "--seed: the plan states it for all runs; change 'seeds' there"),
+        ({}, ["--eval.attacks", "fgsm"], "--eval.attacks: the plan states it for all runs; change 'attacks' there"),
+        ({"data": {"limit": 60}}, [], "undefended twin: its data or eval.limit differ from ANCHOR's"),
+    ],
+)
+def test_runs_that_would_not_be_judged_alike_are_refused(plan, tmp_path, capsys, change, overrides, says):
+    values = yaml.safe_load(plan.read_text())
+    values["runs"][1]["set"] = change
+    plan.write_text(yaml.safe_dump(values))
+    assert main(["compare", str(plan), "--out", str(tmp_path / "out"), *overrides]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_every_run_is_attacked_at_the_first_run_s_eps(plan, tmp_path):
+    values = yaml.safe_load(plan.read_text())
+    values |= {"attacks": ["pgd1"], "seeds": [0]}
+    values["runs"][1]["set"] = {"attack": {"eps": 0.001}}
+    plan.write_text(yaml.safe_dump(values))
+    assert main(["compare", str(plan), "--out", str(tmp_path / "out")]) == 0
+    for run in ("anchor-seed0", "undefended-twin-seed0"):
+        (result,) = [json.loads(path.read_text()) for path in (tmp_path / "out" / run / "eval").glob("*.json")]
+        assert result["attack"]["eps"] == 0.02
 
 
 def test_packaged_plans_are_whole():

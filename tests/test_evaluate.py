@@ -113,6 +113,26 @@ def test_start_noise_is_reproducible(model, digits_split):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_a_model_without_finite_logits_is_not_judged(digits_split):
+    broken = Linear()
+    with torch.no_grad():
+        broken.map.weight[3] = float("nan")
+    with pytest.raises(UserError, match="logits on clean images are not all finite"):
+        measure(broken, ResidentSplit(digits_split, "cpu"), num_classes=10)
+
+
+def test_logits_that_become_infinite_under_attack_are_not_robust(digits_split):
+    class Fragile(Linear):
+        def forward(self, images):
+            logits = super().forward(images)
+            moved = (images * 255 - (images * 255).round()).abs().amax((1, 2, 3)) > 1e-3
+            return torch.where(moved[:, None], logits + torch.tensor([float("inf")] + [0.0] * 9), logits)
+
+    only_zeros = Split(digits_split.images, torch.zeros_like(digits_split.labels))
+    score = measure(Fragile(), ResidentSplit(only_zeros, "cpu"), parse_attack("pgd1", default_eps=0.01), num_classes=10)
+    assert score.accuracy == 0
+
+
 def test_evaluation_leaves_flags_and_weights_alone(digits_split):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 10))
     model[1].eval()
@@ -173,7 +193,7 @@ def test_autoattack_goes_on_where_it_stopped(model, digits_split, tmp_path, monk
     pyautoattack = pytest.importorskip("pyautoattack")
     data = ResidentSplit(Split(digits_split.images[:24], digits_split.labels[:24]), "cpu")
     spec = parse_attack("autoattack:eps=0.05", default_eps=0.1)
-    options = {"num_classes": 10, "batch_size": 10, "seed": 0}
+    options = {"num_classes": 10, "batch_size": 20, "seed": 0}
     expected, _ = autoattack(model, data, spec, **options)
     state = tmp_path / "state.json"
     real, calls = pyautoattack.AutoAttack.run_standard_evaluation, []
@@ -188,7 +208,8 @@ def test_autoattack_goes_on_where_it_stopped(model, digits_split, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         autoattack(model, data, spec, state_path=state, **options)
     resumed, _ = autoattack(model, data, spec, state_path=state, **options)
-    assert calls[0] == ("apgd-ce", 10) and calls[1] == calls[2]  # the first batch was not run again
+    assert [calls[0], calls[1]] == [("apgd-ce", 20), calls[2]]
+    assert calls[2][0] == "apgd-ce" and calls[2][1] < 20  # the first batch was not run again
     assert torch.equal(resumed.correct, expected.correct)
     done = len(calls)
     autoattack(model, data, spec, state_path=state, **options)

@@ -1,6 +1,7 @@
 """The engine's training step against the reference step, and what a step must never do."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -171,6 +172,21 @@ def test_joint_attack_is_the_reference_attack_on_the_written_out_objective(batch
     torch.testing.assert_close(made["adv"], expected, rtol=0, atol=1e-6)
 
 
+def test_label_smoothing_is_in_the_training_terms_and_not_in_the_attack(batch):
+    images, labels = batch
+    smooth, plain = (
+        make_step(make_config("--loss.label-smoothing", s, "--loss.ce-clean", "0.5"), make_model()) for s in ("0.3", "0")
+    )
+    made = [step.make_views(images, labels, 1.0) for step in (smooth, plain)]
+    assert torch.equal(made[0]["adv"], made[1]["adv"])
+    out = smooth.method.outputs(smooth.model.eval(), made[0])
+    terms = smooth.method.loss(out, labels, 1.0)
+    for name, view, weight in (("ce_adv", "adv", 1.0), ("ce_clean", "aug", 0.5)):
+        log_p = out.logits[view].log_softmax(1)
+        expected = -0.7 * log_p[range(12), labels].mean() - 0.3 * log_p.mean()
+        torch.testing.assert_close(terms[name], weight * expected)
+
+
 def test_beta_rises_over_the_warm_up():
     method = build_method(parse_flags(["--loss.beta", "4", "--loss.beta-warmup-epochs", "10"], Config()))
     assert [method.beta(progress) for progress in (0, 2.5, 5, 10, 50)] == [0, 1, 2, 4, 4]
@@ -247,6 +263,36 @@ def test_stage_2_moves_the_classifier_alone(batch):
         step(images, labels, 0.0)
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_stage_2_attacks_the_frozen_network_whatever_stage_1_did(batch):
+    images, labels = batch
+    for bn in ("train", "train_frozen"):
+        model = make_model()
+        before = copy.deepcopy(model.state_dict())
+        made = make_step(make_config("--stage2.mode", "alf", "--attack.bn", bn), model, stage=2).make_views(images, labels, 0.0)
+        expected = make_step(make_config("--stage2.mode", "alf"), make_model(), stage=2).make_views(images, labels, 0.0)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert torch.equal(made["adv"], expected["adv"])
+
+
+def test_the_trials_after_an_out_of_memory_do_not_hold_the_failed_step(batch, monkeypatch):
+    images, labels = batch
+    step = make_step(make_config(), make_model())
+    alive, real = [], type(step.method).loss
+
+    def watch(method, out, labels, progress):
+        alive.append((weakref.ref(out.logits["adv"]), [ref() is not None for ref, _ in alive]))
+        if len(alive) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(method, out, labels, progress)
+
+    monkeypatch.setattr(type(step.method), "loss", watch)
+    try:
+        step(images, labels, 0.0)
+    except torch.OutOfMemoryError as error:
+        assert "batch_size = 6 fits (tried)" in str(explain_out_of_memory(error, step, images, labels))
+    assert alive[1][1] == [False]
 
 
 @pytest.mark.parametrize("limit, says", [(5, "batch_size = 3 fits"), (0, "not even batch_size = 1 fits")])

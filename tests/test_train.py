@@ -268,13 +268,57 @@ def test_a_stage_2_that_falls_behind_is_told(images, tmp_path, capsys, monkeypat
     assert printed.strip().endswith(f"or judge {run.checkpoints / 'stage1_best.pt'}")
 
 
-def test_undefended_training_selects_by_clean_accuracy(images, tmp_path):
+def test_stage_2_begins_with_a_new_classifier(images, tmp_path):
     run = RunDir(tmp_path / "run")
-    train(config_of("--method", "standard"), images, run)
-    best = checkpoint.load(run.checkpoints / "best.pt")
-    rows = run.history()
-    assert best["best"]["clean"] == max(row["val_clean"] for row in rows)
-    assert "loss_hsc" not in rows[0] and "accuracy_adv" not in rows[0]
+    train(config_of("--stage2.mode", "slf", "--stage2.lr", "1e-12", "--epochs", "1", "--stage2.epochs", "1"), images, run)
+    first, second = (checkpoint.load(run.checkpoints / name)["weights"] for name in ("stage1_best.pt", "best.pt"))
+    assert (first["classifier.weight"] - second["classifier.weight"]).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("method, kept", [("standard", 2), ("anchor", 1)])
+def test_the_method_decides_which_accuracy_selects(images, tmp_path, monkeypatch, method, kept):
+    """Clean accuracy is best after the second epoch, robust accuracy after the first."""
+    from fastanchor.train import loop
+
+    run, real, clean, robust = RunDir(tmp_path / "run"), loop.measure, iter((50.0, 80.0, 70.0)), iter((30.0, 20.0, 10.0))
+
+    def scripted(model, data, attack=None, **options):
+        return dataclasses.replace(real(model, data, attack, **options), accuracy=next(clean if attack is None else robust))
+
+    monkeypatch.setattr(loop, "measure", scripted)
+    train(config_of("--method", method), images, run)
+    assert checkpoint.load(run.checkpoints / "best.pt")["epoch"] == kept
+    assert ("loss_hsc" in run.history()[0]) == (method == "anchor")
+
+
+def test_validation_is_on_the_validation_split_and_the_test_set_is_not_touched(images, tmp_path, monkeypatch):
+    from fastanchor.train import loop
+
+    seen, real = [], loop.measure
+
+    def watch(model, data, attack=None, **options):
+        seen.append(data.labels.tolist())
+        return real(model, data, attack, **options)
+
+    monkeypatch.setattr(loop, "measure", watch)
+    train(config_of("--epochs", "2"), dataclasses.replace(images, test=None), RunDir(tmp_path / "run"))
+    assert seen == [images.val.labels.tolist()] * 4
+
+
+def test_every_epoch_draws_its_own_order_and_noise(images, tmp_path, monkeypatch):
+    from fastanchor.train.step import TrainStep
+
+    seen = []
+    real = TrainStep.make_views
+
+    def watch(self, images_u8, labels, progress):
+        made = real(self, images_u8, labels, progress)
+        seen.append((labels.tolist(), (made["adv"] - made["aug"]).sum().item()))
+        return made
+
+    monkeypatch.setattr(TrainStep, "make_views", watch)
+    train(config_of("--epochs", "3"), images, RunDir(tmp_path / "run"))
+    assert len({tuple(labels) for labels, _ in seen}) == len({noise for _, noise in seen}) == 15
 
 
 def test_average_is_what_is_judged(images, tmp_path):

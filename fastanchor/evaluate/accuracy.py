@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.views import to_float
+from fastanchor.errors import UserError
 from fastanchor.evaluate.protocol import AttackSpec
 
 
@@ -32,7 +33,8 @@ class Score:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 as IEEE has it: no autocast, no TF32 in matrix products and convolutions; the settings are as before afterwards."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    cpu = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, *cpu)
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
@@ -67,14 +69,16 @@ def measure(model: nn.Module, data: ResidentSplit, attack: AttackSpec | None = N
     with full_precision(), eval_mode(model):
         for _, images_u8, labels in data.epoch(batch_size, generator=None, drop_last=False):
             images = to_float(images_u8)
-            correct = _correct(model, images, labels)
+            correct = _correct(model, images, labels, must_be_finite=True)
             if perturb is not None:
                 # A restart that fools the model is enough: each is judged by itself, not only the one of highest loss.
                 for _ in range(attack.restarts):
                     correct &= _correct(model, perturb(model, images, labels, generator=generator), labels)
             verdicts.append(correct)
             labels_seen.append(labels)
-    return score(torch.cat(verdicts), torch.cat(labels_seen), num_classes, time.perf_counter() - started)
+    # To the host first: only then is the device's work done and the time right.
+    correct, labels = torch.cat(verdicts).cpu(), torch.cat(labels_seen).cpu()
+    return score(correct, labels, num_classes, time.perf_counter() - started)
 
 
 def score(correct: Tensor, labels: Tensor, num_classes: int, seconds: float) -> Score:
@@ -89,9 +93,14 @@ def score(correct: Tensor, labels: Tensor, num_classes: int, seconds: float) -> 
     )
 
 
-def _correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _correct(model: nn.Module, images: Tensor, labels: Tensor, must_be_finite: bool = False) -> Tensor:
+    """Which images are classified correctly; logits that are not finite never are. Raises UserError for them where asked to."""
     with torch.no_grad():
-        return model(images).argmax(1) == labels
+        logits = model(images)
+    finite = logits.isfinite().all(1)
+    if must_be_finite and not finite.all():
+        raise UserError("the model's logits on clean images are not all finite: there is nothing to judge")
+    return (logits.argmax(1) == labels) & finite
 
 
 def _percent(correct: Tensor) -> float | None:

@@ -45,9 +45,7 @@ def autoattack(
     `batch_size`, as the reference implementation does.
     """
     started = time.perf_counter()
-    attacker_class = _import()
-    if num_classes < 4:
-        raise UserError(f"AutoAttack's targeted DLR loss needs at least 4 classes, this model has {num_classes}")
+    attacker_class = require_autoattack(num_classes)
     device = next(model.parameters()).device
     images, labels = _gather(data)
     with full_precision(), eval_mode(model):
@@ -96,7 +94,10 @@ def _finish_stage(state: dict, stage: str, path: Path | None, progress) -> None:
     progress(f"AutoAttack after {stage}: {state['stages'][stage]:.2f} %")
 
 
-def _import():
+def require_autoattack(num_classes: int):
+    """The package's attack. Raises UserError where it is missing, or cannot be run on so few classes."""
+    if num_classes < 4:
+        raise UserError(f"AutoAttack's targeted DLR loss needs at least 4 classes, this model has {num_classes}")
     try:
         from pyautoattack import AutoAttack
     except ImportError:

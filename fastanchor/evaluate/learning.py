@@ -29,7 +29,9 @@ def learning_section(trained: Trained, rows: list[Row], images: ImageSet) -> str
     axis: Row = {"xlabel": "epoch", "xlim": (1, last), "shade": (offset, "stage 2") if two else None}
     panels, legend = _accuracy_panels(trained, rows, axis)
     count = validation_count(trained.config, images)
-    words = [sentence for stage in (1, 2) if (sentence := gap_sentence(rows, stage, count))]
+    # An undefended network has no robustness to overfit, and is not chosen by it.
+    defended = trained.config.method != "standard"
+    words = [sentence for stage in (1, 2) if defended and (sentence := gap_sentence(rows, stage, count))]
     caption = _accuracy_caption(trained.config, rows, images, count)
     small = _small_panels(rows, axis)
     small_caption = (
@@ -72,15 +74,20 @@ def _judged(rows: list[Row], stage: int) -> list[Row]:
 
 
 def _best(judged: list[Row]) -> Row:
-    """The epoch that the training loop would keep: the first of the highest robust accuracy, ties by clean accuracy."""
+    """The epoch of the highest robust accuracy, ties by clean accuracy."""
     return max(judged, key=lambda row: (row["val_robust"], row["val_clean"]))
+
+
+def _kept(judged: list[Row]) -> Row:
+    """The epoch that the training loop kept: the last one that was the best so far by what the method selects by."""
+    return next((row for row in reversed(judged) if row.get("best")), _best(judged))
 
 
 def _accuracy_panels(trained: Trained, rows: list[Row], axis: Row) -> tuple[str, str]:
     offset, state = _offset(rows), trained.state
     chosen = f"stage {state['stage']}, epoch {state['epoch']}" if axis["shade"] else f"epoch {state['epoch']}"
     marks = [Mark(_epoch(state, offset), f"chosen: {chosen}")]
-    best = [_best(judged) for stage in (1, 2) if (judged := _judged(rows, stage))]
+    best = [_kept(judged) for stage in (1, 2) if (judged := _judged(rows, stage))]
     panels = legend = ""
     for kind, color, train in (("robust", ROBUST, "accuracy_adv"), ("clean", CLEAN, _clean_key(rows))):
         curves = [("train", _series(rows, train, 100)), ("validation", _series(rows, f"val_{kind}"))]

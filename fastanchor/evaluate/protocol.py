@@ -41,6 +41,13 @@ class AttackSpec:
         scale = self.step_size / self.eps if self.eps else 1.0 if self.name == "fgsm" else 0.25
         return dataclasses.replace(self, eps=eps, step_size=max(eps * scale, 1e-8))
 
+    def text(self) -> str:
+        """The attack in the grammar with nothing left to a default: `parse_attack` reads it back to an equal one."""
+        stated = f"{self.name}:eps={self.eps!r},norm={self.norm}"
+        if self.name == "autoattack":
+            return stated
+        return f"{stated},step_size={self.step_size!r},restarts={self.restarts},start={self.start}"
+
     def key(self) -> str:
         """A file name that differs where the attack differs."""
         parts = [self.name, self.norm, f"eps{_exact(self.eps)}"]

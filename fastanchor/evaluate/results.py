@@ -71,11 +71,15 @@ def evaluate(
 def load_results(folder: Path) -> list[dict]:
     """The results under a run's eval folder, by file name; AutoAttack's state files are not results. Raises UserError."""
     paths = sorted(path for path in folder.glob("*.json") if not path.name.endswith(".state.json"))
-    return [_load(path) for path in paths]
+    return [load_result(path) for path in paths]
 
 
-def _load(path: Path) -> dict:
+def load_result(path: Path) -> dict:
+    """One result. Raises UserError for a damaged file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: not the JSON of an evaluation; remove it and evaluate again") from None
+        result = None
+    if isinstance(result, dict):
+        return result
+    raise UserError(f"{path}: not the JSON of an evaluation; remove it and evaluate again")

@@ -8,6 +8,8 @@ Stage 2 trains a new linear classifier on the frozen backbone, on adversarial (a
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,7 +112,10 @@ class LinearStage(Method):
         self.views = ("adv",) if self.adversarial else ("aug",)
 
     def attack(self, progress: float) -> PGD | None:
-        return build_attack(self.config.attack, self.config.precision) if self.adversarial else None
+        # Whatever stage 1's mode: batch statistics would be another network's than the one trained here, and "train" would move
+        # the frozen ones.
+        frozen = dataclasses.replace(self.config.attack, bn="eval")
+        return build_attack(frozen, self.config.precision) if self.adversarial else None
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
         return list(model.classifier.parameters())

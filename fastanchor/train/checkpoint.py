@@ -14,6 +14,7 @@ from fastanchor.errors import UserError
 
 FORMAT = 1
 KEYS = {"format", "config", "class_names", "mean", "std", "stage", "epoch", "weights"}
+TRAINING_KEYS = {"optimizer", "best"}
 
 
 def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
@@ -34,7 +35,9 @@ def save(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error}); the checkpoint before is intact") from error
+        reason = error.strerror if isinstance(error, OSError) else "the disk did not take all of it"
+        before = "; the checkpoint before is intact" if path.exists() else ""
+        raise UserError(f"{path}: could not be written ({reason}){before}") from error
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -76,6 +79,8 @@ def load_latest(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
             continue
         try:
             state = load(path)
+            if not state.keys() >= TRAINING_KEYS:
+                raise UserError(f"{path}: a model, but no state of a training")
         except UserError as error:
             trouble.append(str(error))
             continue

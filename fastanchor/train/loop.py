@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +46,12 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
         run.describe(device)
     else:
         run.create(config, device)
+    with run.locked():
+        _run_stages(config, images, run, device, resume, reporter)
+
+
+def _run_stages(config: Config, images: ImageSet, run: RunDir, device: torch.device, resume: bool, reporter: Reporter) -> None:
+    """Both stages, or what is left of them."""
     state, note = checkpoint.load_latest(run.checkpoints) if resume else (None, None)
     if note:
         reporter.say(f"warning: {note}")
@@ -73,6 +78,8 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"attack.objective = {config.attack.objective}: needs loss.hsc > 0, the attack would have nothing to maximise"
         )
+    if config.attack.objective != "ce" and config.loss.views != "aug+adv":
+        raise UserError(f"attack.objective = {config.attack.objective}: is defined for loss.views = aug+adv only")
     if config.method == "anchor" and config.loss.ce_adv == config.loss.ce_clean == config.loss.hsc == 0:
         raise UserError("loss.ce_adv = loss.ce_clean = loss.hsc = 0: at least one must be > 0")
     if config.method == "standard" and config.stage2.mode != "none":
@@ -251,8 +258,7 @@ class _Trainer:
         """Begin from stage 1's best epoch, which is kept as stage1_best.pt, with a new classifier."""
         kept, best = self.run.checkpoints / "stage1_best.pt", self.run.checkpoints / "best.pt"
         if not kept.exists():
-            shutil.copyfile(best, kept.with_suffix(".tmp"))
-            kept.with_suffix(".tmp").replace(kept)
+            checkpoint.save(kept, checkpoint.load(best))
         checkpoint.restore_weights(self.model, checkpoint.load(kept, self.device)["weights"], kept)
         torch.manual_seed(derive_seed(self.config.seed, "stage 2 weights"))
         self.model.reset_classifier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, step: TrainStep, images
 
     The trials train the network on, so the caller must stop; the checkpoints on disk are untouched.
     """
+    # The frames of the failed step still hold its activations; the trials need that memory.
+    traceback.clear_frames(error.__traceback__)
     batch, views = len(labels), len(step.method.views)
     fits = None
     size = batch // 2

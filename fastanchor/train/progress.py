@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+class PipeConsole(Console):
+    """A console that lets the program know when its reader has gone; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich inside the handler of the error."""
+        raise
+
+
 class Reporter:
     """Prints to `console`, and to the file `log` once its folder exists; a bar while an epoch runs where there is a terminal."""
 
     def __init__(self, console: Console | None = None, log: Path | None = None):
-        self.console = console or Console(highlight=False)
+        self.console = console or PipeConsole(highlight=False)
         self.log = log
         self._unlogged: list[str] = []
         self._bar: Progress | None = None
@@ -21,12 +30,20 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        try:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except BrokenPipeError:  # the reader (head, less) has gone: train on, the log has it all
+            self.console = Console(file=open(os.devnull, "w"))  # noqa: SIM115
         self._unlogged.append(text)
-        if self.log is not None and self.log.parent.is_dir():
+        if self.log is None or not self.log.parent.is_dir():
+            return
+        try:
             with open(self.log, "a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in self._unlogged)
             self._unlogged.clear()
+        except OSError as error:  # a training is worth more than its log
+            log, self.log = self.log, None
+            self.say(f"warning: {log} cannot be written ({error.strerror}); going on without it")
 
     def start_stage(self, title: str, epochs: int, done: int, steps: int) -> None:
         """A stage of `epochs` epochs of `steps` steps begins, `done` epochs of it already behind."""

@@ -8,9 +8,12 @@ RUN/summary.csv       the same as a table                RUN/eval/*.json        
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +36,15 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
 
-    def create(self, config: Config, device: torch.device) -> None:
-        """Make the folder and write config.yaml and env.json. Raises UserError where something is in the way."""
+    def check_free(self) -> None:
+        """Raise UserError where something is in the way of a new run."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             more = f"; to go on with it: fastanchor train --resume {self.path}" if (self.path / "config.yaml").exists() else ""
             raise UserError(f"{self.path}: exists and is not empty, and a run never overwrites one{more}")
+
+    def create(self, config: Config, device: torch.device) -> None:
+        """Make the folder and write config.yaml and env.json. Raises UserError where something is in the way."""
+        self.check_free()
         try:
             # The configuration comes first: from there on the run can be resumed.
             self.checkpoints.mkdir(parents=True)
@@ -58,6 +65,16 @@ class RunDir:
             raise UserError(f"{self.path}: not a run: it has no config.yaml")
         return settings.load_file(self.path / "config.yaml")
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: a second process that trains here would mix its epochs with ours. Raises UserError where one does."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path}: another process is training here") from None
+            yield
+
     def history(self) -> list[dict[str, Any]]:
         """The epochs' metrics in order; a last line cut short by a kill is left out."""
         if not self.metrics.exists():
@@ -65,9 +82,12 @@ class RunDir:
         rows = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(row, dict) or not row.keys() >= {"stage", "epoch"}:
+                raise UserError(f"{self.metrics}: line {len(rows) + 1} is not an epoch of a run")
+            rows.append(row)
         return rows
 
     def rewind(self, stage: int, epoch: int) -> None:
@@ -95,7 +115,7 @@ class RunDir:
 
 
 def model_from_config(config: Config, num_classes: int, mean, std) -> RobustClassifier:
-    """The untrained network of a settings."""
+    """The untrained network of a configuration."""
     model = config.model
     return build_model(
         model.name, num_classes=num_classes, width=model.width, head=model.head, head_hidden=model.head_hidden,
