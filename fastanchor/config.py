@@ -208,7 +208,8 @@ class Config:
     device: str = "auto"
     """auto | cpu | cuda | cuda:N"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of training and training attacks; logits, losses, perturbations and all evaluation are fp32 always."""
+    """Autocast of training and training attacks; logits, losses, perturbations and all evaluation are fp32 always.
+    fp32 convolutions of the training follow torch's TF32 setting on a GPU; evaluation never does."""
     channels_last: bool = True
     """Memory layout of activations and weights; changes results only by rounding."""
     tensorboard: bool = False
