@@ -227,6 +227,22 @@ def test_a_checkpoint_of_another_recipe_is_refused(images, tmp_path):
         train(config_of("--epochs", "1"), images, run, resume=True)
 
 
+def test_a_data_set_that_changed_since_is_refused(images, tmp_path):
+    run = RunDir(tmp_path / "run")
+    train(config_of("--epochs", "1"), images, run)
+    changed = images.train.images.clone()
+    changed[3, 0, 0, 0] ^= 1
+    other = dataclasses.replace(images, train=dataclasses.replace(images.train, images=changed))
+    with pytest.raises(UserError, match="the images of synthetic are not those that the run began with"):
+        train(config_of("--epochs", "1"), other, run, resume=True)
+
+
+def test_images_without_any_contrast_are_refused(images, tmp_path):
+    grey = dataclasses.replace(images, train=dataclasses.replace(images.train, images=torch.full_like(images.train.images, 7)))
+    with pytest.raises(UserError, match="synthetic: a colour channel has the same value in all training images"):
+        train(config_of(), grey, RunDir(tmp_path / "run"))
+
+
 def test_a_run_never_overwrites(images, tmp_path):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()

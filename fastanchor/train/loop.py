@@ -58,6 +58,8 @@ def _run_stages(config: Config, images: ImageSet, run: RunDir, device: torch.dev
     if state is not None and state["config"] != to_dict(config):
         raise UserError(f"{run.path}: its checkpoint was written by another configuration than its config.yaml")
     trainer = _Trainer(config, images, run, device, reporter)
+    if state is not None and state.get("data") != trainer.data:
+        raise UserError(f"{run.path}: the images of {images.name} are not those that the run began with")
     stages = (1, 2) if config.stage2.mode != "none" else (1,)
     if state is not None:
         done = state["stage"] == stages[-1] and state["epoch"] == trainer.epochs(state["stage"])
@@ -99,6 +101,15 @@ def derive_seed(seed: int, *purpose: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def _fingerprint(images: ImageSet) -> str:
+    """A digest of the images and labels that a training sees, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in (images.train, images.val):
+        digest.update(split.images.contiguous().numpy())
+        digest.update(split.labels.numpy())
+    return digest.hexdigest()
+
+
 @dataclass
 class _Best:
     """The best epoch so far of a stage, by the accuracy on the validation split that the method selects by, ties by the other."""
@@ -132,6 +143,9 @@ class _Trainer:
         self.config, self.run, self.device, self.reporter = config, run, device, reporter
         self.class_names = images.class_names
         self.mean, self.std = channel_stats(images.train.images)
+        if min(self.std) == 0:
+            raise UserError(f"{images.name}: a colour channel has the same value in all training images")
+        self.data = _fingerprint(images)
         self.train_set = ResidentSplit(images.train, device)
         validation = images.val if config.val.limit is None else images.val.subset(config.val.limit)
         self.val_set = ResidentSplit(validation, device)
@@ -233,9 +247,16 @@ class _Trainer:
 
     def _state(self, stage: _Stage, epoch: int, judged: torch.nn.Module) -> dict[str, Any]:
         return {
-            "config": to_dict(self.config), "class_names": list(self.class_names), "mean": list(self.mean), "std": list(self.std),
-            "stage": stage.number, "epoch": epoch, "weights": judged.state_dict(), "best": vars(stage.best).copy(),
-        }  # fmt: skip
+            "config": to_dict(self.config),
+            "data": self.data,
+            "class_names": list(self.class_names),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "stage": stage.number,
+            "epoch": epoch,
+            "weights": judged.state_dict(),
+            "best": vars(stage.best).copy(),
+        }
 
     def _restore(self, stage: _Stage, state: dict[str, Any]) -> None:
         path = self.run.checkpoints / "last.pt"
