@@ -97,6 +97,7 @@ def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) ->
             resume = (run.path / "config.yaml").exists()
             if resume and run.open() != config:
                 raise UserError(f"{run.path}: holds a run of other settings; choose another --out")
+            reporter.log = run.path / "train.log"
             reporter.say(f"\n== {name}, seed {seed} -> {run.path}")
             results[name].append((train_and_judge(config, run, resume=resume, reporter=reporter), run))
     rows = [_row(name, configs[name], outcome) for name, outcome in results.items()]

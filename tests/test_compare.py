@@ -50,6 +50,10 @@ def test_two_runs_and_two_seeds_in_one_table(plan, tmp_path, capsys):
         assert pgd["values"] == [value["robust_accuracy"] for value in values]
         assert pgd["mean"] == pytest.approx(sum(pgd["values"]) / 2)
         assert f"{pgd['mean']:.2f} ± {pgd['std']:.2f}" in printed
+    for row in stored["rows"]:
+        for run in row["runs"]:
+            log = (RunDir(run).path / "train.log").read_text()
+            assert f"-> {run}\n" in log and log.count("stage 1  epoch 1/1") == 1
     configs = [RunDir(run).open() for row in stored["rows"] for run in row["runs"]]
     assert [config.seed for config in configs] == [0, 1, 0, 1]
     assert {config.optim.momentum for config in configs} == {0.8}
