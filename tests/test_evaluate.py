@@ -10,10 +10,11 @@ from fastanchor.attacks import PGD
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split, load
 from fastanchor.errors import UserError
-from fastanchor.evaluate.accuracy import full_precision, measure
+from fastanchor.evaluate.accuracy import measure
 from fastanchor.evaluate.autoattack import STAGES, autoattack
 from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.evaluate.results import evaluate, load_results
+from fastanchor.precision import full_precision
 
 
 class Linear(nn.Module):

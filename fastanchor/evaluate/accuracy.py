@@ -17,6 +17,7 @@ from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.views import to_float
 from fastanchor.errors import UserError
 from fastanchor.evaluate.protocol import AttackSpec
+from fastanchor.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,6 @@ class Score:
     count: int
     seconds: float
     correct: Tensor
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 as IEEE has it: no autocast, no TF32 in matrix products and convolutions; the settings are as before afterwards."""
-    cpu = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, *cpu)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
 
 
 @contextlib.contextmanager

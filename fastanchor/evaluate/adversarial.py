@@ -16,9 +16,10 @@ from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split
 from fastanchor.data.views import to_float
 from fastanchor.errors import UserError
-from fastanchor.evaluate.accuracy import eval_mode, full_precision
+from fastanchor.evaluate.accuracy import eval_mode
 from fastanchor.evaluate.protocol import AttackSpec
 from fastanchor.files import write_text
+from fastanchor.precision import full_precision
 
 if TYPE_CHECKING:
     from fastanchor.train.run import Trained

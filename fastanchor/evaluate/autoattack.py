@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.views import to_float
 from fastanchor.errors import UserError
-from fastanchor.evaluate.accuracy import Score, eval_mode, full_precision, score
+from fastanchor.evaluate.accuracy import Score, eval_mode, score
 from fastanchor.evaluate.protocol import AttackSpec
 from fastanchor.files import write_text
+from fastanchor.precision import full_precision
 
 STAGES = ("apgd-ce", "apgd-t", "fab-t", "square")
 NORMS = {"linf": "Linf", "l2": "L2"}

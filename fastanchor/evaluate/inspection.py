@@ -18,9 +18,10 @@ from torch import Tensor
 from fastanchor.data.arrays import TEST_LIMIT_STREAM, random_state, stratified_choice
 from fastanchor.data.sources import Split
 from fastanchor.data.views import augment, to_float
-from fastanchor.evaluate.accuracy import eval_mode, full_precision
+from fastanchor.evaluate.accuracy import eval_mode
 from fastanchor.evaluate.protocol import AttackSpec, fraction
 from fastanchor.models import RobustClassifier
+from fastanchor.precision import full_precision
 
 EPS_FACTORS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 BATCH = 128

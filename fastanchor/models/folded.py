@@ -1,0 +1,492 @@
+"""The folded twin: a network in eval mode as attacks run it, every BatchNorm that follows a convolution folded into its weights.
+
+Bias, residual and ReLU are taken in as well. The twin reads the live parameters at each `refresh`; its input alone takes a
+gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastanchor.precision import full_precision
+
+# aten: convolution, then residual and ReLU in place (torch.compile fuses them). cudnn: its fused convolution-bias-ReLU.
+CONV_BACKENDS = ("aten", "cudnn")
+
+_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_RELU_METHODS = ("relu", "relu_")
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_ADD_METHODS = ("add", "add_")
+# How far a twin's outputs and input gradients may be from its model's: rounding through a deep net (in a gradient also ReLUs
+# that it switches), far below what a wrongly rewritten graph shows.
+_TOLERANCES = {torch.float64: (1e-6, 1e-3), torch.float32: (1e-3, 0.2), torch.bfloat16: (5e-2, 0.5)}
+
+
+class CannotFold(Exception):
+    """The network has no folded twin; the message says why. Attacks then run on the network itself."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm in eval mode, as tensors (C,) of the model itself; weight and bias None where it has none."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class FoldedConv(nn.Module):
+    """act(conv(x, w * s) + b [+ residual]), s = gamma / sqrt(var + eps), b = beta + (conv bias - mean) * s: eval-mode BatchNorm.
+
+    weight and bias are this layer's own memory, written in place by `refresh` from the convolution and BatchNorm it was made of.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: Norm | None):
+        super().__init__()
+        # In a tuple: they stay the model's modules and do not become this one's.
+        self.sources = (conv, norm)
+        self.relu = False
+        self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.backend = "aten"
+        self.weight: Tensor
+        self.bias: Tensor | None
+
+    def allocate(self, dtype: torch.dtype | None, backend: str) -> None:
+        """Memory for the folded weights; `dtype` (None: the parameters') is also that of the layer's input and output."""
+        conv, norm = self.sources
+        self.backend = backend
+        self.weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last, requires_grad=False)
+        has_bias = conv.bias is not None or norm is not None
+        self.bias = self.weight.new_empty(conv.out_channels) if has_bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x.to(self.weight.dtype)
+        if residual is not None:
+            residual = residual.to(self.weight.dtype)
+        if self.backend == "cudnn" and (residual is None or residual.shape == self._output_shape(x)):
+            return _FusedConv.apply(x, residual, self)
+        out = F.conv2d(x, self.weight, self.bias, *self.geometry)
+        # In place: nobody else has the convolution's output, and no backward to the input needs it.
+        if residual is not None:
+            out = out.add_(residual) if out.shape == residual.shape else out + residual
+        return F.relu_(out) if self.relu else out
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        sides = zip(x.shape[2:], self.weight.shape[2:], *self.geometry[:3], strict=True)
+        return (len(x), len(self.weight), *((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in sides))
+
+    def extra_repr(self) -> str:
+        return f"norm={self.sources[1] is not None}, relu={self.relu}, backend={self.backend}"
+
+
+class _FusedConv(torch.autograd.Function):
+    """Convolution, bias, residual and ReLU in one pass; backward to the input and the residual alone."""
+
+    @staticmethod
+    def forward(ctx, x, residual, layer):
+        out = _run_cudnn(x, residual, layer)
+        ctx.layer = layer
+        ctx.save_for_backward(x, out if layer.relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        layer, (x, out) = ctx.layer, ctx.saved_tensors
+        if layer.relu:
+            gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
+        stride, padding, dilation, groups = layer.geometry
+        to_input = None
+        if ctx.needs_input_grad[0]:
+            to_input, _, _ = torch.ops.aten.convolution_backward(
+                gradient, x, layer.weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
+            )
+        return to_input, gradient if ctx.needs_input_grad[1] else None, None
+
+
+def _run_cudnn(x: Tensor, residual: Tensor | None, layer: FoldedConv) -> Tensor:
+    stride, padding, dilation, groups = layer.geometry
+    if not layer.relu or layer.bias is None:
+        out = torch.ops.aten.convolution(x, layer.weight, layer.bias, stride, padding, dilation, False, (0, 0), groups)
+        out = out if residual is None else out.add_(residual)
+        return out.relu_() if layer.relu else out
+    if residual is None:
+        return torch.ops.aten.cudnn_convolution_relu(x, layer.weight, layer.bias, stride, padding, dilation, groups)
+    return torch.ops.aten.cudnn_convolution_add_relu(
+        x, layer.weight, residual, 1.0, layer.bias, stride, padding, dilation, groups
+    )
+
+
+class FoldedTwin(nn.Module):
+    """`FoldedTwin(model)(images)` equals `model(images)` in eval mode to rounding; made by `fold`.
+
+    layers: the FoldedConv of every convolution. folded, kept: counts of BatchNorms folded away and left as they are.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.identity = _identity(model)
+        self.placement = _placement(model)
+        graph, modules = _trace(model)
+        _simplify(graph, modules)
+        norms = sum(_norm_of(node, modules) is not None for node in graph.nodes)
+        self.layers, self.folded = _rewrite(graph, modules)
+        self.kept = norms - self.folded
+        self.graph_module = fx.GraphModule(modules, graph)
+
+    def allocate(self, dtype: torch.dtype | None, backend: str) -> None:
+        """Set dtype and backend of all convolutions; a `refresh` must follow."""
+        for layer in self.layers:
+            layer.allocate(dtype, backend)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether modules, parameters, buffers and settings of `model` are still those that the twin was made of."""
+        now = _identity(model)
+        return (
+            not has_hooks(model)
+            and self.placement == _placement(model)
+            and len(now) == len(self.identity)
+            and all(a is b for a, b in zip(now, self.identity, strict=True))
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Fold the parameters and running statistics as they are now, in their own precision, then cast."""
+        normed = [(layer, *layer.sources) for layer in self.layers if layer.sources[1] is not None]
+        scales = dict(zip((layer for layer, _, _ in normed), _scales([norm for _, _, norm in normed]), strict=True))
+        for layer in self.layers:
+            conv, norm = layer.sources
+            if norm is None:
+                layer.weight.copy_(conv.weight)
+                if conv.bias is not None:
+                    layer.bias.copy_(conv.bias)
+                continue
+            scale = scales[layer]
+            # Multiplied in the parameters' precision, rounded once, in one pass.
+            torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=layer.weight)
+            mean = norm.mean if conv.bias is None else norm.mean - conv.bias
+            shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
+            layer.bias.copy_(shift)
+
+    def forward(self, images: Tensor):
+        return self.graph_module(images)
+
+
+def fold(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, backend: str = "aten") -> FoldedTwin:
+    """The refreshed twin of `model`, whose eval-mode outputs and input gradients it reproduces on `example` (N, C, H, W).
+
+    dtype: of the convolutions' weights and activations (None: the parameters'; another one is meant for calls under autocast).
+    backend: one of CONV_BACKENDS. The model must be in eval mode, as `attacks.modes.attack_mode` puts it. Raises CannotFold where
+    torch.fx cannot trace the model, or what it traced is another function, and leaves the model and the random number
+    generators as they were (this reads back to the host: to be called once, not in a step).
+    """
+    if has_hooks(model):
+        raise CannotFold("it has hooks, which must see every call")
+    if any(module.training for module in model.modules()):
+        raise CannotFold("it or a part of it is in train mode")
+    with torch.random.fork_rng([example.device] if example.is_cuda else []):
+        drawn = _random_state(example.device)
+        attributes = _attributes(model)
+        try:
+            twin = FoldedTwin(model)
+        finally:
+            # A proxy left behind in a cache would break the model.
+            changed = _restore(attributes)
+        if changed:
+            raise CannotFold("its forward changes attributes of its own")
+        if not twin.layers:
+            raise CannotFold("it has no convolution that could be folded")
+        unknown = {layer.sources[0].weight.dtype for layer in twin.layers} - _TOLERANCES.keys()
+        if unknown:
+            raise CannotFold(f"it has convolutions in {unknown.pop()}")
+        # The rewriting is checked in the parameters' own precision, where a wrong graph cannot hide behind rounding.
+        twin.allocate(None, "aten")
+        twin.refresh()
+        with full_precision():
+            _verify(model, twin, example)
+        if _random_state(example.device) != drawn:
+            raise CannotFold("its forward draws random numbers")
+    if dtype is not None or backend != "aten":
+        twin.allocate(dtype, backend)
+        twin.refresh()
+    return twin
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether a forward of the model calls more than its modules."""
+    return any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+               for module in model.modules())  # fmt: skip
+
+
+def _identity(model: nn.Module) -> list:
+    """What `refresh` cannot follow when another takes its place: modules, tensors, and settings such as a stride or a factor."""
+    settings = [
+        value for module in model.modules() for name, value in vars(module).items()
+        if name != "training" and isinstance(value, (int, float, str, tuple, Tensor))
+    ]  # fmt: skip
+    # Without the model itself: what keeps a twin by its model must not be kept alive by the twin.
+    return [*list(model.modules())[1:], *model.parameters(), *model.buffers(), *settings]
+
+
+def _placement(model: nn.Module) -> list[tuple[torch.device, torch.dtype]]:
+    """`model.to(...)` keeps the parameters and moves what is in them."""
+    return [(parameter.device, parameter.dtype) for parameter in model.parameters()]
+
+
+def _attributes(model: nn.Module) -> list[tuple]:
+    """Every namespace, list, dict and set in the modules of `model`, with a copy: what a counter or a cache changes."""
+    spaces = [vars(module) for module in model.modules()]
+    held = [value for space in spaces for value in space.values() if isinstance(value, (list, dict, set))]
+    return [(value, copy.copy(value)) for value in (*spaces, *held)]
+
+
+def _restore(attributes: list[tuple]) -> bool:
+    """Put back what was taken by `_attributes`; returns whether anything had changed."""
+    changed = [(value, before) for value, before in attributes if _members(value) != _members(before)]
+    for value, before in changed:
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(before)
+    return bool(changed)
+
+
+def _members(value: list | dict | set) -> dict:
+    if isinstance(value, set):
+        return {id(member): None for member in value}
+    return {key: id(member) for key, member in (value.items() if isinstance(value, dict) else enumerate(value))}
+
+
+def _random_state(device: torch.device) -> tuple:
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return random.getstate(), *(state.numpy().tobytes() for state in states)
+
+
+class _Whole(nn.Module):
+    """The model with one argument: further ones keep their defaults, and hooks on the model itself are traced as well."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor):
+        return self.model(images)
+
+
+class _Tracer(fx.Tracer):
+    """Buffers are part of the graph as parameters are: what a forward computes from them is computed anew, not frozen."""
+
+    proxy_buffer_attributes = True
+
+    def create_node(self, *args, **kwargs):
+        # The graph would not hold under which of these an operation ran.
+        if not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+            raise RuntimeError("its forward switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module]]:
+    whole = _Whole(model)
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            graph = _Tracer().trace(whole)
+    except Exception as error:  # whatever the model's own Python code raises when it is given a proxy
+        raise CannotFold(f"torch.fx cannot trace it: {_first_line(error)}") from error
+    return graph, _modules_of(whole, graph)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
+def _modules_of(whole: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
+    """What the graph refers to by name: modules, parameters and buffers, as GraphModule takes them."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            found[node.target] = whole.get_submodule(node.target)
+        elif node.op == "get_attr":
+            found[node.target] = operator.attrgetter(node.target)(whole)
+    return found
+
+
+def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[FoldedConv], int]:
+    """Put a FoldedConv in the place of every convolution and take in what follows it; returns them and the BatchNorms folded."""
+    layers, folded = [], 0
+    for node in list(graph.nodes):
+        conv = modules.get(node.target) if node.op == "call_module" else None
+        if not _is_plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or len(node.args) != 1:
+            continue
+        chain, residual = [node], None
+        following = _following(chain, modules)
+        norm = None if following is None else _norm_of(following, modules)
+        layer = FoldedConv(conv, norm)
+        if norm is not None:
+            folded += 1
+            chain.append(following)
+            following = _following(chain, modules)
+        if following is not None and _is_add(following, chain[-1], modules):
+            residual = next(arg for arg in following.args if arg is not chain[-1])
+            chain.append(following)
+            following = _following(chain, modules)
+        if following is not None and _is_relu(following, modules):
+            layer.relu = True
+            chain.append(following)
+        last = chain[-1]
+        name = f"folded_{len(layers)}"
+        modules[name] = layer
+        layers.append(layer)
+        # At the place of the last operation taken in: there the residual is known.
+        with graph.inserting_after(last):
+            fused = graph.call_module(name, (node.args[0],) if residual is None else (node.args[0], residual))
+        last.replace_all_uses_with(fused)
+        # Only what was taken in: a general removal of dead code could drop an operation in place whose result nobody names.
+        for taken in reversed(chain):
+            graph.erase_node(taken)
+    graph.lint()
+    return layers, folded
+
+
+def _following(chain: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The only user of the chain's last value, if the chain may run as late as that: nothing before it writes into a tensor."""
+    user = next(iter(chain[-1].users)) if len(chain[-1].users) == 1 else None
+    node = chain[0].next
+    while user is not None and node is not user:
+        if node not in chain and _writes(node, modules):
+            return None
+        node = node.next
+    return user
+
+
+def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether the operation may work in place: x.add_(1), x += 1, x[0] = 1, F.relu(x, inplace=True), nn.ReLU(inplace=True)."""
+    if node.op == "call_module":
+        return getattr(modules[node.target], "inplace", False)
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith(("i", "set"))
+    flagged = any(value is True for value in (*node.args[1:], *node.kwargs.values())) or "out" in node.kwargs
+    return name.endswith("_") or in_operator or flagged
+
+
+def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Of this kind, nothing of its forward overridden; parametrised weights are fine, they are read live."""
+    return (
+        isinstance(module, kind)
+        and "forward" not in vars(module)
+        and all(
+            getattr(type(module), name) is getattr(kind, name)
+            for name in ("forward", "_conv_forward", "__call__")
+            if hasattr(kind, name)
+        )
+    )
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return _is_plain(modules.get(node.target), nn.ReLU)
+    return (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _RELU_METHODS
+    )
+
+
+def _is_add(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """A sum of `value` and another value of the graph, without a factor; in place it must write into `value`, not the other."""
+    known = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
+        node.op == "call_method" and node.target in _ADD_METHODS
+    )
+    two = len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
+    if not known or not two or node.args[0] is node.args[1]:
+        return False
+    return node.args[0] is value or not _writes(node, modules)
+
+
+def _norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> Norm | None:
+    """The BatchNorm that this node is: a module's, or a call of F.batch_norm on the model's own tensors."""
+    if node.op == "call_module":
+        norm = modules[node.target]
+        # The tensors of a parametrised one are made anew by every look at them.
+        if not _is_plain(norm, nn.BatchNorm2d) or norm.running_mean is None or is_parametrized(norm):
+            return None
+        return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    if node.op != "call_function" or node.target is not F.batch_norm:
+        return None
+    given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    tensors = [given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")]
+    known = all(tensor is None or (isinstance(tensor, fx.Node) and tensor.op == "get_attr") for tensor in tensors)
+    if not known or tensors[0] is None or given.arguments["training"] is not False:
+        return None
+    return Norm(*(None if tensor is None else modules[tensor.target] for tensor in tensors), given.arguments["eps"])
+
+
+def _simplify(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Take out identities and assertions about shapes, which stand between a convolution and what follows it."""
+    questions = (getattr, operator.eq, operator.ne, operator.getitem)
+    for node in reversed(list(graph.nodes)):
+        called = node.target if node.op == "call_function" else None
+        if called is torch._assert or (called in questions and not node.users):
+            graph.erase_node(node)
+        elif node.op == "call_module" and _is_plain(modules[node.target], nn.Identity):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+        elif (
+            node.op == "call_method"
+            and node.target == "view"
+            and not any(_writes(user, modules) for shared in (node, node.args[0]) for user in shared.users)
+        ):
+            # Activations are channels-last here, of which `view` cannot make all shapes.
+            node.target = "reshape"
+
+
+def _scales(norms: list[Norm]) -> list[Tensor]:
+    """gamma / sqrt(var + eps) of every norm, in a few launches for all of them."""
+    if not norms:
+        return []
+    scales = torch._foreach_add([norm.var for norm in norms], [norm.eps for norm in norms])
+    torch._foreach_rsqrt_(scales)
+    affine = [(scale, norm.weight) for scale, norm in zip(scales, norms, strict=True) if norm.weight is not None]
+    if affine:
+        torch._foreach_mul_(*map(list, zip(*affine, strict=True)))
+    return scales
+
+
+def _verify(model: nn.Module, twin: FoldedTwin, example: Tensor) -> None:
+    """Raise CannotFold where the twin's outputs or input gradients differ from the model's by more than rounding."""
+    of_outputs, of_gradient = max(_TOLERANCES[layer.weight.dtype] for layer in twin.layers)
+    try:
+        theirs, their_gradient = _outputs_and_gradient(model, example)
+    except Exception as error:  # whatever the model raises, it will raise again where it is attacked
+        raise CannotFold(f"it fails itself: {_first_line(error)}") from error
+    try:
+        ours, our_gradient = _outputs_and_gradient(twin, example.contiguous(memory_format=torch.channels_last))
+    except Exception as error:
+        raise CannotFold(f"its traced graph fails: {_first_line(error)}") from error
+    pairs = [*((a, b, of_outputs) for a, b in zip(theirs, ours, strict=True)), (their_gradient, our_gradient, of_gradient)]
+    if not all(a.isfinite().all() for a, _, _ in pairs):
+        raise CannotFold("its outputs or input gradients are not finite")
+    if any(a.shape != b.shape or a.dtype != b.dtype or not _distance(a, b) <= tolerance for a, b, tolerance in pairs):
+        raise CannotFold("what torch.fx traced is another function: something in it depends on more than its input")
+
+
+def _outputs_and_gradient(model: nn.Module, example: Tensor) -> tuple[list[Tensor], Tensor]:
+    x = example.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        outputs = model(x)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        # Different weights for all outputs: a plain sum would not see two of them exchanged.
+        total = sum((out.float() * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum() for out in outputs)
+    (gradient,) = torch.autograd.grad(total, (x,))
+    return [out.detach() for out in outputs], gradient
+
+
+def _distance(expected: Tensor, found: Tensor) -> float:
+    expected, found = expected.double(), found.double()
+    return ((expected - found).norm() / expected.norm().clamp_min(1e-30)).item()

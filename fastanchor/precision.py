@@ -1,0 +1,29 @@
+"""What fp32 means, the precision in which results are judged, and why fp16 is not offered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+NO_FP16 = (
+    "without loss scaling, input gradients below fp16's range become 0 and the attack stands still, which passes for robustness; "
+    "use bf16 or fp32"
+)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 as IEEE has it: no autocast, no TF32 in matrix products and convolutions; the settings are as before afterwards."""
+    cpu = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, *cpu)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
