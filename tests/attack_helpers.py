@@ -1,6 +1,7 @@
 """What the tests of attacks share: a small network, a batch, and a model that watches its calls."""
 
 import torch
+import torch.fx
 from torch import nn
 
 ULP = 2**-23  # of fp32 numbers in [1, 2): no pixel of [0, 1] is rounded by more
@@ -57,6 +58,8 @@ class Counted(nn.Module):
         self.inner, self.observe, self.fail_at, self.calls, self.seen = inner, observe, fail_at, 0, []
 
     def forward(self, images):
+        if isinstance(images, torch.fx.Proxy):
+            raise TypeError("a model that watches its calls must be called, not traced")
         self.calls += 1
         if self.calls == self.fail_at:
             raise RuntimeError("the forward broke")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
+from fastanchor.attacks.engine import first
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.reference import objectives
-
-OBJECTIVES: dict[str, Callable] = {"ce": objectives.cross_entropy, "cw": objectives.cw_margin}
 
 
 def resolve(objective: str | Callable) -> Callable:
@@ -33,3 +34,11 @@ def with_clean(function: Callable) -> Callable:
 def uses_clean(objective: Callable) -> bool:
     """Whether the objective was marked by `with_clean`."""
     return getattr(objective, "uses_clean", False)
+
+
+@with_clean
+def _kl(outputs, labels: Tensor, clean) -> Tensor:
+    return objectives.kl_divergence(first(outputs), labels, first(clean))
+
+
+OBJECTIVES: dict[str, Callable] = {"ce": objectives.cross_entropy, "cw": objectives.cw_margin, "kl": _kl}

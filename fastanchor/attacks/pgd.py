@@ -6,6 +6,7 @@ loss are fp32 always; the model's parameters, `.grad`, buffers and flags are as 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -14,24 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from fastanchor.attacks import objectives
+from fastanchor.attacks.engine import BACKENDS, Engine, evaluate, first, forward
 from fastanchor.attacks.modes import BN_MODES, attack_mode
 from fastanchor.errors import UserError, did_you_mean
+from fastanchor.models.folded import FoldedTwin
+from fastanchor.precision import NO_FP16
 from fastanchor.reference import attacks as reference
 
 STARTS = ("uniform", "gaussian", "zero")
 NORMS = ("linf", "l2")
 PRECISIONS = ("fp32", "bf16")
-BACKENDS = ("auto", "reference")
 
 
 class PGD:
     """`PGD(eps=8/255, steps=10)(model, images, labels)` -> adversarial images (Madry et al. 2018).
 
     eps, step_size: radius and step length in pixel units of [0, 1], of the linf or l2 ball. steps: gradient steps.
-    objective: "ce", "cw" (margin), or a callable(logits, labels) -> (N,) values to maximise.
+    objective: "ce", "cw" (margin), "kl" (TRADES: from the clean images' prediction; start it from "gaussian" noise, at the clean
+    images it has no gradient), or a callable(logits, labels) -> (N,) values to maximise.
     bn: "eval" | "train" | "train_frozen", see `attacks.modes`. start: "uniform" in the ball | "gaussian" 0.001 * N(0, 1) |
     "zero" | a delta tensor of the images' shape. restarts: independent starts; each image keeps the one of highest objective.
-    precision: "bf16" runs the model under autocast, for training attacks only. backend: "reference" is the plain loop.
+    precision: "bf16" runs the model under autocast, for training attacks only.
+    backend: "eager" runs the steps on the model's BN-folded twin (bn "eval"; otherwise on the model), "compiled" compiles a step,
+    "graphed" replays the attack as one CUDA graph, "auto" is the fastest of them that is right here and needs no compilation,
+    "reference" the plain loop on the model itself. `engine.notes` says what was in use and why.
     check_inputs: look at the values of the first batch (reads them back once); shapes are checked always.
     """
 
@@ -50,6 +57,8 @@ class PGD:
         backend: str = "auto",
         check_inputs: bool = True,
     ):
+        if precision in ("fp16", "float16", "half"):
+            raise UserError(f"precision = {precision!r}: {NO_FP16}")
         for name, value, allowed in (
             ("bn", bn, BN_MODES),
             ("norm", norm, NORMS),
@@ -74,6 +83,7 @@ class PGD:
         self.objective_name = objective if isinstance(objective, str) else getattr(objective, "__name__", "custom")
         self.bn, self.start, self.norm, self.precision, self.backend = bn, start, norm, precision, backend
         self.check_inputs = check_inputs
+        self.engine = Engine()
 
     def __repr__(self) -> str:
         start = "tensor" if isinstance(self.start, Tensor) else self.start
@@ -92,22 +102,16 @@ class PGD:
                 "the attack takes gradients, which torch.inference_mode forbids; call it outside, or under torch.no_grad"
             )
         _check_shapes(images, labels)
+        if any(p.dtype == torch.float16 for p in model.parameters()):
+            raise UserError(f"the model's parameters are fp16: {NO_FP16}")
         images = images.detach().float()
         if self.check_inputs:
             _check_values(model, images, labels)
             self.check_inputs = False
-        with attack_mode(model, self.bn), torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            objective = self._bind(model, images)
-            x_adv = self._attack(model, images, labels, objective, generator)
-            if self.restarts == 1:
-                return x_adv
-            best = _value(model, x_adv, labels, objective)
-            for _ in range(self.restarts - 1):
-                again = self._attack(model, images, labels, objective, generator)
-                value = _value(model, again, labels, objective)
-                x_adv = torch.where((value > best).view(-1, 1, 1, 1), again, x_adv)
-                best = torch.maximum(best, value)
-        return x_adv
+        with attack_mode(model, self.bn):
+            if self.backend == "reference":
+                return self._search(model, images, labels, generator, self._plain_loop)
+            return self._run(model, images, labels, generator)
 
     def start_delta(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Start noise for these images: fp32, their shape and memory format."""
@@ -127,79 +131,90 @@ class PGD:
         radius = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator).pow_(1 / images[0].numel())
         return noise.mul_(self.eps * radius / reference.l2_norms(noise))
 
-    def _bind(self, model: nn.Module, images: Tensor) -> Callable:
-        """The objective of this batch: those that look at the clean images get their outputs, computed once."""
-        if not objectives.uses_clean(self.objective):
-            return self.objective
-        with torch.no_grad():
-            clean = _forward(model, images)
-        return lambda outputs, labels: self.objective(outputs, labels, clean)
+    def _run(self, model: nn.Module, images: Tensor, labels: Tensor, generator) -> Tensor:
+        """The attack by the engine: prepare the network on the host, then run or replay."""
+        network = self.engine.network(model, images, self.bn, torch.bfloat16 if self.precision == "bf16" else None)
+        step = self.engine.step(self.backend)
 
-    def _attack(self, model, images: Tensor, labels: Tensor, objective: Callable, generator) -> Tensor:
-        start = self.start_delta(images, generator)
-        if self.backend == "reference":
-            return reference.pgd(
-                lambda x: _forward(model, x),
-                images,
-                labels,
-                eps=self.eps,
-                step_size=self.step_size,
-                steps=self.steps,
-                objective=_fp32(objective),
-                start=start,
-                norm=self.norm,
-            )
-        x_adv = reference.project(images + start, images, self.eps, self.norm)
-        lower, upper = (images - self.eps).clamp_(0, 1), (images + self.eps).clamp_(0, 1)
-        for _ in range(self.steps):
-            x_adv.requires_grad_()
-            with torch.enable_grad():
-                value = _fp32(objective)(_forward(model, x_adv), labels).sum()
-            (gradient,) = torch.autograd.grad(value, (x_adv,))
-            x_adv = x_adv.detach()
-            if self.norm == "linf":
-                # Ball and box are one interval a pixel, so one clamp projects on both.
-                x_adv = torch.clamp(x_adv.add_(gradient.sign(), alpha=self.step_size), lower, upper)
-            else:
-                x_adv = reference.project(reference.ascend(x_adv, gradient, self.step_size, "l2"), images, self.eps, "l2")
+        def attack(images: Tensor, labels: Tensor) -> Tensor:
+            if isinstance(network, FoldedTwin):
+                network.refresh()
+            return self._search(network, images, labels, generator, functools.partial(self._fast_loop, step))
+
+        x_adv = self._replay(attack, model, network, images, labels, generator) if self._wants_graph(images) else None
+        return attack(images, labels) if x_adv is None else x_adv
+
+    def _wants_graph(self, images: Tensor) -> bool:
+        if self.backend == "graphed":
+            return True
+        # Inside a capture, that of a whole training iteration say, the attack becomes a part of it.
+        return self.backend == "auto" and images.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+    def _replay(self, attack: Callable, model, network, images: Tensor, labels: Tensor, generator) -> Tensor | None:
+        start = (self.start.data_ptr(), self.start.shape, self.start.stride()) if isinstance(self.start, Tensor) else self.start
+        settings = (
+            self.eps, self.step_size, self.steps, self.restarts, self.objective, self.bn, start, self.norm, self.precision,
+        )  # fmt: skip
+        x_adv, self.engine.notes["graphed"] = self.engine.graphs.run(settings, attack, model, network, images, labels, generator)
+        if x_adv is None and self.backend == "graphed":
+            raise UserError(f"attack.backend = graphed: {self.engine.notes['graphed']}")
         return x_adv
 
+    def _search(self, network: nn.Module, images: Tensor, labels: Tensor, generator, loop: Callable) -> Tensor:
+        """The best of all restarts, by `loop(network, images, labels, clean, start)`."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self._best_of_restarts(network, images, labels, generator, loop)
 
-def _forward(model, images: Tensor):
-    """The model's outputs in fp32; a tensor, or a tuple of tensors whose first one is the logits."""
-    outputs = model(images)
-    parts = outputs if isinstance(outputs, tuple) else (outputs,)
-    if not parts or not all(isinstance(part, Tensor) for part in parts):
-        raise UserError(
-            f"the model returns {type(outputs).__name__}: must be a tensor of logits, or a tuple of tensors that starts with it"
+    def _best_of_restarts(self, network, images, labels, generator, loop) -> Tensor:
+        clean = self._clean_outputs(network, images)
+        x_adv = loop(network, images, labels, clean, self.start_delta(images, generator))
+        if self.restarts == 1:
+            return x_adv
+        best = _value(network, x_adv, labels, self.objective, clean)
+        for _ in range(self.restarts - 1):
+            again = loop(network, images, labels, clean, self.start_delta(images, generator))
+            value = _value(network, again, labels, self.objective, clean)
+            x_adv = torch.where((value > best).view(-1, 1, 1, 1), again, x_adv)
+            best = torch.maximum(best, value)
+        return x_adv
+
+    def _clean_outputs(self, network: nn.Module, images: Tensor) -> tuple:
+        """What objectives that look at the clean images get besides, computed once a batch: (outputs,), or nothing."""
+        if not objectives.uses_clean(self.objective):
+            return ()
+        with torch.no_grad():
+            return (forward(network, images),)
+
+    def _fast_loop(self, step: Callable, network, images: Tensor, labels: Tensor, clean: tuple, start: Tensor) -> Tensor:
+        given = images
+        if isinstance(network, FoldedTwin):
+            images, start = (x.contiguous(memory_format=torch.channels_last) for x in (images, start))
+        x_adv = reference.project(images + start, images, self.eps, self.norm)
+        # Ball and box are one interval a pixel, so one clamp projects on both.
+        linf = self.norm == "linf"
+        bounds = ((images - self.eps).clamp_(0, 1), (images + self.eps).clamp_(0, 1)) if linf else None
+        for _ in range(self.steps):
+            x_adv = step(network, self.objective, clean, x_adv, labels, images, bounds, self.eps, self.step_size)
+        return x_adv if x_adv.stride() == given.stride() else torch.empty_like(given).copy_(x_adv)
+
+    def _plain_loop(self, network, images: Tensor, labels: Tensor, clean: tuple, start: Tensor) -> Tensor:
+        return reference.pgd(
+            lambda x: forward(network, x),
+            images,
+            labels,
+            eps=self.eps,
+            step_size=self.step_size,
+            steps=self.steps,
+            objective=lambda outputs, labels: evaluate(self.objective, outputs, labels, clean),
+            start=start,
+            norm=self.norm,
         )
-    outputs = tuple(part.float() for part in parts) if isinstance(outputs, tuple) else outputs.float()
-    logits = _first(outputs)
-    if logits.ndim != 2 or len(logits) != len(images):
-        raise UserError(
-            f"the model's output has shape {tuple(logits.shape)} for {len(images)} images: must be ({len(images)}, classes)"
-        )
-    return outputs
 
 
-def _first(outputs) -> Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
-def _fp32(objective: Callable) -> Callable:
-    """The objective outside autocast: softmax and margins are never taken in low precision."""
-
-    def evaluate(outputs, labels):
-        with torch.autocast(_first(outputs).device.type, enabled=False):
-            return objective(outputs, labels)
-
-    return evaluate
-
-
-def _value(model, images: Tensor, labels: Tensor, objective: Callable) -> Tensor:
+def _value(network, images: Tensor, labels: Tensor, objective: Callable, clean: tuple) -> Tensor:
     """The objective of every image, (N,)."""
     with torch.no_grad():
-        value = _fp32(objective)(_forward(model, images), labels)
+        value = evaluate(objective, forward(network, images), labels, clean)
     if value.shape != labels.shape:
         raise UserError(f"restarts need an objective with one value an image; this one returns shape {tuple(value.shape)}")
     return value
@@ -226,7 +241,7 @@ def _check_values(model, images: Tensor, labels: Tensor) -> None:
             f"the images' values lie in [{low:g}, {high:g}]: must be in [0, 1]; normalisation belongs inside the model"
         )
     with attack_mode(model, "eval"), torch.no_grad():
-        classes = _first(_forward(model, images[:1])).shape[1]
+        classes = first(forward(model, images[:1])).shape[1]
     low, high = torch.aminmax(labels)
     if low < 0 or high >= classes:
         raise UserError(f"labels lie in [{low}, {high}]: must be in [0, {classes - 1}], the model has {classes} classes")

@@ -1,4 +1,4 @@
-"""What attacks maximise, one value an image: cross-entropy and the CW margin."""
+"""What attacks maximise, one value an image: cross-entropy, the CW margin, and TRADES' divergence from the clean prediction."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def cw_margin(logits: Tensor, labels: Tensor) -> Tensor:
     true = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.amax(1) - true
+
+
+def kl_divergence(logits: Tensor, labels: Tensor, clean_logits: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(logits)), what the attack of TRADES maximises (Zhang et al. 2019); labels are not looked at.
+
+    logits, clean_logits (N, K) floating -> (N,).
+    """
+    return F.kl_div(logits.log_softmax(1), clean_logits.log_softmax(1), reduction="none", log_target=True).sum(1)

@@ -1,0 +1,360 @@
+"""The attack's backends against the plain loop: folded, compiled, replayed as a graph (by the CPU emulator of one)."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from attack_helpers import assert_same_images, batch, generator, small_net
+from graph_emulator import Emulator
+from torch import nn
+
+from fastanchor import graphs
+from fastanchor.attacks import PGD
+from fastanchor.attacks.engine import ascend_once
+from fastanchor.attacks.modes import BN_MODES
+from fastanchor.data import sources
+from fastanchor.data.views import to_float
+from fastanchor.errors import UserError
+from fastanchor.models import build_model
+from fastanchor.models.folded import FoldedTwin
+
+EPS, STEP = 0.1, 0.025
+OBJECTIVES = ("ce", "cw", "kl")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small ResNet that has learnt the handwritten digits for some steps, with 1,000 of them."""
+    torch.manual_seed(0)
+    images = sources.load("digits")
+    model = build_model("resnet18", num_classes=10, width=8, mean=(0.3,) * 3, std=(0.35,) * 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x, y = to_float(images.train.images[:1000]), images.train.labels[:1000]
+    for _ in range(3):
+        for part in torch.randperm(1000).split(100):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[part] + 0.1 * torch.randn_like(x[part])), y[part]).backward()
+            optimizer.step()
+    return model.eval(), x, y
+
+
+def attack(backend, **options):
+    return PGD(EPS, STEP, 5, backend=backend, **options)
+
+
+def start_of(images):
+    return torch.empty_like(images).uniform_(-EPS, EPS, generator=generator(5))
+
+
+@pytest.fixture
+def recorder():
+    with graphs.use_recorder(Emulator):
+        yield
+
+
+# -- parity -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "graphed"])
+@pytest.mark.parametrize("bn", BN_MODES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_backends_give_the_images_of_the_reference(recorder, backend, bn, objective, norm):
+    images, labels = batch(8)
+    start = start_of(images)
+    options = {"bn": bn, "objective": objective, "norm": norm, "start": start}
+    expected = attack("reference", **options)(small_net(), images, labels)
+    found = attack(backend, **options)(small_net(), images, labels)
+    if norm == "linf":
+        assert_same_images(found, expected, STEP)
+    else:  # a step is the gradient over its length: rounding passes through, and near the clean images KL is mostly rounding
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if objective != "kl" else 1e-4)
+
+
+def test_robust_accuracy_on_a_trained_network_is_that_of_the_reference(recorder, trained):
+    """1,000 images; the pixels that differ are those whose gradient is 0 up to rounding."""
+    model, images, labels = trained
+    start = start_of(images)
+    robust, made = {}, {}
+    for backend in ("reference", "eager"):
+        made[backend] = attack(backend, start=start)(model, images, labels)
+        with torch.no_grad():
+            robust[backend] = (model(made[backend]).argmax(1) == labels).float().mean().item()
+    assert 0.05 < robust["reference"] < 0.95
+    assert abs(robust["eager"] - robust["reference"]) <= 0.002
+    assert ((made["eager"] - made["reference"]).abs() > 1e-6).float().mean() < 2e-3
+    replayed = attack("graphed", start=start[:100])(model, images[:100], labels[:100])
+    assert torch.equal(replayed, attack("eager", start=start[:100])(model, images[:100], labels[:100]))
+
+
+def test_bf16_on_the_twin_is_bf16_on_the_model_to_its_rounding(trained):
+    """Both move the robust accuracy of an fp32 judge by little: low precision changes which near-zero signs are chosen."""
+    model, images, labels = trained
+    images, labels = images[:300], labels[:300]
+    start = start_of(images)
+    robust = {}
+    for backend, precision in (("reference", "fp32"), ("reference", "bf16"), ("eager", "bf16")):
+        made = attack(backend, precision=precision, start=start)(model, images, labels)
+        assert made.dtype == torch.float32 and (made - images).abs().max() <= EPS + 1e-6
+        with torch.no_grad():
+            robust[backend, precision] = (model(made).argmax(1) == labels).float().mean().item()
+    assert max(robust.values()) - min(robust.values()) <= 0.03
+
+
+def test_kl_maximises_the_divergence_from_the_clean_prediction(trained):
+    model, images, labels = trained
+    images, labels = images[:100], labels[:100]
+    made = attack("eager", objective="kl", start="gaussian")(model, images, labels, generator=generator())
+    with torch.no_grad():
+        clean, moved = model(images).log_softmax(1), model(made).log_softmax(1)
+        noisy = model((images + 0.001 * torch.randn_like(images)).clamp(0, 1)).log_softmax(1)
+    divergence = (clean.exp() * (clean - moved)).sum(1).mean()
+    assert divergence > 100 * (clean.exp() * (clean - noisy)).sum(1).mean() and divergence > 0.5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layout_of_the_images_is_kept_and_the_noise_is_that_of_the_reference(layout):
+    images, labels = batch(8)
+    images = images.contiguous(memory_format=layout)
+    found, expected = (attack(b)(small_net(), images, labels, generator=generator()) for b in ("eager", "reference"))
+    assert found.is_contiguous(memory_format=layout)
+    assert_same_images(found, expected, STEP)
+
+
+# -- the folded twin in use -----------------------------------------------------------------------------------------------------
+
+
+def test_the_twin_follows_the_weights_from_batch_to_batch():
+    net, (images, labels) = small_net(), batch(8)
+    start = start_of(images)
+    engine = attack("eager", start=start)
+    engine(net, images, labels)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.3)
+        net[1].running_mean.add_(0.2)
+    assert_same_images(engine(net, images, labels), attack("reference", start=start)(net, images, labels), STEP)
+
+
+def test_a_replaced_layer_is_seen():
+    net, (images, labels) = small_net(), batch(8)
+    start = start_of(images)
+    engine = attack("eager", start=start)
+    engine(net, images, labels)
+    net[0] = small_net(seed=9)[0]
+    net[4].running_var = torch.full_like(net[4].running_var, 3.0)
+    assert_same_images(engine(net, images, labels), attack("reference", start=start)(net, images, labels), STEP)
+
+
+def test_a_model_that_cannot_be_traced_is_attacked_as_it_is():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_net()
+
+        def forward(self, images):
+            return self.inner(images) if images.sum() > 0 else -self.inner(images)
+
+    (images, labels), net = batch(8), Branching().eval()
+    start = start_of(images)
+    engine = attack("eager", start=start)
+    assert_same_images(engine(net, images, labels), attack("reference", start=start)(net.inner, images, labels), STEP)
+    assert engine.engine.notes["folded"].startswith("no: torch.fx cannot trace it: symbolically traced variables")
+
+
+def test_notes_name_the_mode_that_forbids_folding():
+    engine = attack("eager", bn="train_frozen")
+    engine(small_net(), *batch(4))
+    assert engine.engine.notes["folded"].startswith("no: with bn=train_frozen BatchNorm takes the batch's statistics")
+
+
+def test_an_attack_keeps_no_model_alive():
+    net, engine = small_net(), attack("eager")
+    engine(net, *batch(4))
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_a_used_attack_can_be_copied_and_pickled(copied):
+    net, (images, labels) = small_net(), batch(4)
+    engine = attack("eager")
+    made = engine(net, images, labels, generator=generator())
+    assert torch.equal(copied(engine)(net, images, labels, generator=generator()), made)
+
+
+# -- graphs -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_replays_are_the_eager_attack_to_the_bit(recorder):
+    """New images, new random numbers, weights that moved in place, another batch size: each replay is the plain attack."""
+    nets = [small_net(), small_net()]
+    sources_ = [generator(), generator()]
+    engines = [PGD(EPS, STEP, 3, backend=b, restarts=2) for b in ("graphed", "eager")]
+    for i, size in enumerate((6, 6, 4, 6)):
+        images, labels = batch(size, seed=i)
+        made = [e(n, images, labels, generator=g) for e, n, g in zip(engines, nets, sources_, strict=True)]
+        assert torch.equal(*made)
+        for net in nets:
+            with torch.no_grad():
+                net[0].weight.mul_(1.1)
+    assert torch.equal(sources_[0].get_state(), sources_[1].get_state())
+    assert len(engines[0].engine.graphs._graphs) == 2
+
+
+def test_a_graph_is_made_anew_where_something_frozen_changed(recorder):
+    net, (images, labels) = small_net(), batch(6)
+    start = start_of(images)
+    engine = attack("graphed", start=start)
+
+    def check():
+        options = {"bn": engine.bn, "norm": engine.norm, "objective": engine.objective, "start": engine.start}
+        expected = PGD(engine.eps, engine.step_size, engine.steps, backend="eager", **options)(net, images, labels)
+        assert torch.equal(engine(net, images, labels), expected)
+
+    check()
+    for name, value in (
+        ("eps", 0.02),
+        ("step_size", 0.3),
+        ("steps", 1),
+        ("norm", "l2"),
+        ("start", start.flip(0)),
+        ("bn", "train_frozen"),
+    ):
+        setattr(engine, name, value)
+        check()
+    net[0].weight = nn.Parameter(net[0].weight.detach() * 2)
+    check()
+    engine.bn, net[1].running_mean = "eval", net[1].running_mean + 1
+    check()
+
+
+def test_train_mode_moves_the_statistics_once_a_forward(recorder):
+    images, labels = batch(6)
+    nets = [small_net(), small_net()]
+    for backend, net in zip(("graphed", "eager"), nets, strict=True):
+        for _ in range(3):
+            attack(backend, bn="train", start="zero")(net, images, labels)
+    for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert nets[0][1].num_batches_tracked == 3 * 5 + 0
+
+
+def test_what_cannot_be_captured_says_why(recorder):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_net()
+
+        def forward(self, images):
+            return self.inner(images) * images.sum().item()
+
+    net, (images, labels) = Reading().eval(), batch(4)
+    with pytest.raises(UserError, match="^attack.backend = graphed: the function can not be captured as a graph: RuntimeError"):
+        attack("graphed")(net, images, labels)
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(UserError, match="^attack.backend = graphed: CUDA graphs need a CUDA device, this is cpu$"):
+        attack("graphed")(small_net(), *batch(4))
+
+
+# -- the compiled step --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile without its code generation: traced, differentiated and checked, in a tenth of the time."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager", **options))
+
+
+@pytest.mark.parametrize("bn", BN_MODES)
+@pytest.mark.parametrize(
+    "objective, norm, precision", [("ce", "linf", "fp32"), ("cw", "l2", "fp32"), ("kl", "linf", "fp32"), ("ce", "linf", "bf16")]
+)
+def test_compiled_step_is_the_eager_step(traced_only, bn, objective, norm, precision):
+    images, labels = batch(6)
+    options = {"bn": bn, "objective": objective, "norm": norm, "precision": precision, "start": start_of(images)}
+    nets = [small_net(), small_net()]
+    made = [attack(b, **options)(net, images, labels) for b, net in zip(("compiled", "eager"), nets, strict=True)]
+    assert_same_images(*made, STEP, share=1e-3 if precision == "fp32" else 0.02)
+    for a, b in zip(nets[0].state_dict().values(), nets[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compilation_happens_once_a_shape_and_sees_new_weights(traced_only):
+    """The count may not grow from batch to batch: every recompilation would cost a minute of a training."""
+    from torch._dynamo.utils import counters
+
+    net, (images, labels) = small_net(), batch(6)
+    engine = attack("compiled")
+    counters.clear()
+    found = []
+    for i in range(4):
+        images, labels = batch(6, seed=i)
+        start = start_of(images)
+        engine.start = start
+        made = engine(net, images, labels)
+        assert_same_images(made, attack("reference", start=start)(net, images, labels), STEP)
+        with torch.no_grad():
+            net[0].weight.mul_(1.2)
+            net[1].running_var.mul_(1.5)
+        found.append(counters["stats"]["unique_graphs"])
+    assert found == [1, 1, 1, 1]
+    engine.start = "zero"
+    engine(net, *batch(4))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_attacks_do_not_use_up_each_others_recompilations(traced_only):
+    """torch gives up after 8 recompilations of one piece of code; every attack has its own."""
+    net, (images, labels) = small_net(), batch(4)
+    for steps in range(1, 12):
+        PGD(EPS, 0.01 * steps, 1, backend="compiled")(net, images, labels)
+    assert ascend_once.__code__ is not PGD(backend="compiled").engine.step("compiled").__code__
+
+
+def test_inductor_generates_the_same_step():
+    """Once through the real code generator, of a network small enough to compile in seconds."""
+    net, (images, labels) = small_net(), batch(4)
+    start = start_of(images)
+    made = attack("compiled", start=start)(net, images, labels)
+    assert_same_images(made, attack("reference", start=start)(net, images, labels), STEP, share=2e-3)
+
+
+def test_a_model_that_breaks_the_compiled_graph_is_named():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_net()
+
+        def forward(self, images):
+            return self.inner(images) * (1.0 if images.sum().item() > 0 else 2.0)
+
+    with pytest.raises(UserError, match="^attack.backend = compiled: torch.compile cannot compile this attack: .*use eager$"):
+        attack("compiled")(Reading().eval(), *batch(4))
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp16", "float16", "half"])
+def test_fp16_is_refused_with_the_reason(name):
+    with pytest.raises(UserError, match="without loss scaling, input gradients below fp16's range become 0"):
+        PGD(precision=name)
+    with pytest.raises(UserError, match="^the model's parameters are fp16: without loss scaling"):
+        PGD()(small_net().half(), *batch(4))
+
+
+def test_twin_is_what_the_steps_run_on():
+    net, (images, labels) = small_net(), batch(4)
+    engine = attack("eager")
+    engine(net, images, labels)
+    twin = engine.engine.network(net, images, "eval", None)
+    assert isinstance(twin, FoldedTwin) and twin.folded == 2 and twin.kept == 0
