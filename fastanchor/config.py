@@ -86,8 +86,9 @@ class AttackConfig:
     """Start noise: uniform in the ball | 0.001 * N(0, 1) | none."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball."""
-    backend: Literal["auto", "reference"] = "auto"
-    """auto: the engine's loop; reference: the plain loop it is tested against."""
+    backend: Literal["auto", "reference", "eager", "compiled", "graphed"] = "auto"
+    """auto: the fastest that is right here | eager: on the BN-folded twin | compiled: its step through torch.compile |
+    graphed: as one CUDA graph | reference: the plain loop they are tested against."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +125,26 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    """sgd | adamw | lars and lamb: steps scaled layer by layer, for the large batches of contrastive recipes."""
+    backend: Literal["auto", "torch", "apex"] = "auto"
+    """auto and torch: torch's fused kernels | apex: NVIDIA apex's FusedSGD or FusedLAMB, where a built apex is installed."""
     lr: Number = 0.1
     """Peak learning rate."""
     momentum: Number = 0.9
-    """Momentum of SGD."""
+    """Momentum of sgd and lars."""
     nesterov: bool = False
-    """Nesterov momentum."""
+    """Nesterov momentum (sgd)."""
+    beta1: Number = 0.9
+    """Decay of the running mean of the gradient (adamw, lamb)."""
+    beta2: Number = 0.999
+    """Decay of the running mean of its square (adamw, lamb)."""
+    eps: Number = 1e-8
+    """Added to the root of that mean (adamw, lamb; 1e-6 is usual for lamb)."""
+    trust_coefficient: Number = 0.001
+    """Length of a layer's step relative to the norm of its weights, at lr 1 (lars)."""
     weight_decay: Number = 5e-4
-    """L2 penalty, on every parameter."""
+    """L2 penalty (sgd, lars) or decoupled decay (adamw, lamb); lars and lamb leave biases and normalisation out of it."""
     schedule: Literal["step", "cosine", "cyclic"] = "step"
     """step: x decay at each milestone | cosine: to 0 | cyclic: up linearly to lr over the first `peak` share, then down to 0."""
     milestones: tuple[Number, ...] = (100.0, 105.0)
@@ -146,6 +159,14 @@ class OptimConfig:
     """Clip the gradient's total norm (None: off)."""
     ema_decay: Number = 0.0
     """Decay a step of the exponential moving average of weights; 0 is off. When on, the average is what is judged and saved."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the whole training step as one CUDA graph. auto: on a GPU, where it can be captured | on: that or an error | off."""
+    compile: bool = False
+    """torch.compile the attack's step and the training forward: a minute or more at the start, faster steps after it."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +217,7 @@ class Config:
     attack: AttackConfig = field(default_factory=AttackConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     val: ValidationConfig = field(default_factory=ValidationConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -244,6 +266,10 @@ RANGES: dict[str, tuple[Any, str]] = {
     "loss.k": _at_least_one,
     "optim.lr": _positive,
     "optim.momentum": _share,
+    "optim.beta1": _share,
+    "optim.beta2": _share,
+    "optim.eps": _positive,
+    "optim.trust_coefficient": _positive,
     "optim.weight_decay": _not_negative,
     "optim.milestones": _each_not_negative,
     "optim.decay": _positive,
