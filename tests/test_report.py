@@ -22,7 +22,7 @@ from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split, load
 from fastanchor.errors import UserError
 from fastanchor.evaluate import figures, inspection
-from fastanchor.evaluate.learning import gap_sentence
+from fastanchor.evaluate.learning import gap_sentence, seconds_an_epoch, speed_section, three_digits
 from fastanchor.evaluate.page import clean_text, image
 from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.evaluate.report import build_report
@@ -173,7 +173,8 @@ def test_headline_states_each_attack_in_full(full):
     assert f"PGD-3{result['robust_accuracy']:.1f} %{conditions}" in full.page.text
     assert f"clean{result['clean_accuracy']:.1f} %no attack" in full.page.text
     assert "best.pt: stage 2, epoch 3" in full.page.text
-    assert "14.0 s for 7 epochs, median 2 s an epoch; validation 3.0 s more" in full.page.text
+    medians = "median 2.00 s an epoch in stage 1, 2.00 s an epoch in stage 2"
+    assert f"14.0 s for 7 epochs, {medians}; validation 3.0 s more" in full.page.text
     assert "two stages" in full.page.text
     assert "fastanchor train '" in html.unescape(full.text)  # the path has a space
 
@@ -211,6 +212,82 @@ def test_gap_sentence():
     assert f"within the noise of 20 images (standard error of the gap at most {error:.1f} points)" in gap_sentence(rows, 1, 20)
     assert gap_sentence(rows, 2, 20) is None
     assert gap_sentence(rows_for(config_for(), robust=(None, None)), 1, 20) is None
+
+
+def speeds(rows, seconds, first_step=None):
+    """The rows as measured by a version that meters them: epochs of the given seconds, of 3,000 images and 6 TFLOP each."""
+    for epoch, (row, s) in enumerate(zip(rows, seconds, strict=True)):
+        row |= {"seconds": s, "images_per_s": 3000 / s, "tflops": 6 / s, "share_of_bf16_matmul": 0.6 / s,
+                "peak_memory_mb": 1234.4 + epoch}  # fmt: skip
+        if epoch == first_step:
+            row["first_step_s"] = 7.25
+    return rows
+
+
+def cells(section):
+    """The table's text by its row's name."""
+    rows = re.findall(r"<tr>(.*?)</tr>", section)
+    return {found[0]: found[1:] for row in rows if (found := re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row))}
+
+
+def test_speed_leaves_out_the_epochs_of_warming_up(full):
+    rows = speeds(rows_for(config_for()), (9.0, 2.0, 1.5, 1.0), first_step=0)
+    assert cells(speed_section(rows, "some device")) == {
+        "": ["stage 1"],
+        "time an epoch": ["1.50 s"],
+        "images a second": ["2,000"],
+        "model TFLOP/s": ["4.00"],
+        "share of bf16 matmul": ["40.0 %"],
+        "peak memory": ["1,237 MB"],
+        "time to first step": ["7.25 s"],
+    }
+    assert "Device: some device." in speed_section(rows, "some device")
+    assert seconds_an_epoch(rows) == "1.50 s an epoch"
+    # Resumed for the second epoch, and again for the fourth: both warmed up anew.
+    resumed = speeds(rows_for(config_for()), (9.0, 8.0, 1.5, 7.0), first_step=1)
+    resumed[3]["first_step_s"] = 8.0
+    assert cells(speed_section(resumed, ""))["time an epoch"] == ["1.50 s"]
+    assert cells(speed_section(resumed, ""))["time to first step"] == ["7.25 s"]
+    # One epoch is all there is, and better than none.
+    assert cells(speed_section(rows[:1], ""))["time an epoch"] == ["9.00 s"]
+
+
+def test_speed_of_two_stages():
+    first = speeds(rows_for(config_for()), (9.0, 2.0, 1.5, 1.0), first_step=0)
+    second = speeds(rows_for(config_for(), stage=2, robust=(30, 35)), (4.0, 0.75))
+    table = cells(speed_section(first + second, "some device"))
+    assert table[""] == ["stage 1", "stage 2"]
+    assert table["time an epoch"] == ["1.50 s", "0.750 s"]
+    assert table["time to first step"] == ["7.25 s", ""]
+    assert seconds_an_epoch(first + second) == "1.50 s an epoch in stage 1, 0.750 s an epoch in stage 2"
+
+
+def test_speed_of_runs_that_logged_less():
+    old = rows_for(config_for())
+    assert speed_section(old, "") == speed_section([], "") == ""
+    partly = [row | {"tflops": value} for row, value in zip(old, (1.0, math.nan, 3.0, 3.0), strict=True)]
+    assert cells(speed_section(partly, "")) == {"": ["stage 1"], "time an epoch": ["2.00 s"], "model TFLOP/s": ["3.00"]}
+
+
+def test_report_shows_the_speed_where_it_was_logged(images, tmp_path):
+    config = config_for()
+    rows = speeds(rows_for(config), (9.0, 2.0, 1.5, 1.0), first_step=0)
+    run = make_run(tmp_path / "run", images, config, rows, judged=False)
+    env = json.loads((run.path / "env.json").read_text())
+    (run.path / "env.json").write_text(json.dumps(env | {"device": "<b>a device"}))
+    text = report(run, images)[0]
+    page = Page(text)
+    assert page.headings == [*SECTIONS[:-1], "Speed", SECTIONS[-1]]
+    assert cells(text)["model TFLOP/s"] == ["4.00"] and "Device: <b>a device." in page.text
+    assert "13.5 s for 4 epochs, median 1.50 s an epoch" in page.text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (0.01234, "0.0123"), (1, "1.00"), (43.14, "43.1"), (999.4, "999"), (35.26, "35.3"), (12345.6, "12,346")],
+)
+def test_three_digits(value, text):
+    assert three_digits(value) == text
 
 
 def test_confidence_and_difference_are_those_of_the_model(full, images):

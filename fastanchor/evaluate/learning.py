@@ -1,15 +1,20 @@
-"""The report's training curves: accuracy by epoch, what robust overfitting cost, the loss terms and the learning rate."""
+"""The report's training curves: accuracy by epoch, what robust overfitting cost, the loss terms and the learning rate.
+
+And the training's speed, as a table.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastanchor.config import Config
 from fastanchor.data.sources import ImageSet
 from fastanchor.evaluate import figures
 from fastanchor.evaluate.figures import ACCENT, CLEAN, MUTED, ROBUST, Line, Mark
-from fastanchor.evaluate.page import figure, finding, section, swatch
+from fastanchor.evaluate.page import figure, finding, section, swatch, table
 from fastanchor.evaluate.protocol import fraction, parse_attack
 
 if TYPE_CHECKING:
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Series = tuple[list[float], list[float]]
 LOSS_COLORS = {"ce_adv": ROBUST, "ce": CLEAN, "ce_clean": CLEAN, "hsc": ACCENT}
+# Metrics of `train.throughput`, which runs of the first versions lack.
+SPEED_KEYS = ("images_per_s", "tflops", "share_of_bf16_matmul", "peak_memory_mb", "first_step_s")
 
 
 def learning_section(trained: Trained, rows: list[Row], images: ImageSet) -> str:
@@ -45,6 +52,64 @@ def learning_section(trained: Trained, rows: list[Row], images: ImageSet) -> str
     body = "".join(finding(word) for word in words)
     body += figure(f'<div class="row">{panels}</div><p class="legend">{legend}</p>', caption) if panels else ""
     return section("Training curves", body + figure(f'<div class="row small">{small}</div>', small_caption))
+
+
+def speed_section(rows: list[Row], device: str) -> str:
+    """A table of the rates, the memory and the wait for the first step, as far as they are logged; "" where nothing is."""
+    if not any(_values(rows, key) for key in SPEED_KEYS):
+        return ""
+    stages = {f"stage {stage}": own for stage in (1, 2) if (own := [row for row in rows if row["stage"] == stage])}
+    lines = {
+        "time an epoch": _cells(stages, "seconds", _median, " s"),
+        "images a second": _cells(stages, "images_per_s", _median),
+        "model TFLOP/s": _cells(stages, "tflops", _median),
+        "share of bf16 matmul": _cells(stages, "share_of_bf16_matmul", _median, " %", scale=100),
+        "peak memory": _cells(stages, "peak_memory_mb", lambda own, key: max(_values(own, key), default=None), " MB"),
+        "time to first step": _cells(stages, "first_step_s", lambda own, key: next(iter(_values(own, key)), None), " s"),
+    }
+    caption = (
+        f"Device: {device}. Rates are of the training alone, validation apart: medians over a stage's epochs without those in "
+        "which the program warms up (the first, and the first after resuming; they count where there are no others). Model FLOPs "
+        "are those that the algorithm needs, two a multiply-add of convolutions and matrix products: wasted work lowers the "
+        "rate. Their share is of the rate of large bf16 matrix products, measured on this device before the training. Peak "
+        "memory, since the run began: of all tensors on a GPU, of the whole process on a CPU. Time to first step: from the run's "
+        "beginning, measuring and compiling included."
+    )
+    shown = {name: cells for name, cells in lines.items() if any(cells)}
+    return section("Speed", figure(table(shown, list(stages)), caption))
+
+
+def seconds_an_epoch(rows: list[Row]) -> str:
+    """The median over a stage's epochs, warm-up apart, in words; for each stage where there are two."""
+    medians = {stage: _median([row for row in rows if row["stage"] == stage], "seconds") for stage in (1, 2)}
+    texts = [(f" in stage {stage}", f"{three_digits(value)} s an epoch") for stage, value in medians.items() if value is not None]
+    return ", ".join(text + (stage if len(texts) > 1 else "") for stage, text in texts)
+
+
+def three_digits(value: float) -> str:
+    """A positive number to three significant digits, in decimals: 0.0123, 1.23, 1,234."""
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
+
+
+def _cells(
+    stages: dict[str, list[Row]], key: str, pick: Callable[[list[Row], str], float | None], unit: str = "", scale: float = 1
+) -> list[str]:
+    """What `pick` makes of a metric in each stage, in words; nothing where the stage has none."""
+    values = [pick(rows, key) for rows in stages.values()]
+    return ["" if value is None else three_digits(scale * value) + unit for value in values]
+
+
+def _median(rows: list[Row], key: str) -> float | None:
+    """Median over a stage's epochs; the first one, and the first after resuming, count only where there are no others."""
+    first = min((row["epoch"] for row in rows), default=0)
+    warm = [row for row in rows if row["epoch"] != first and "first_step_s" not in row]
+    values = _values(warm, key) or _values(rows, key)
+    return statistics.median(values) if values else None
+
+
+def _values(rows: list[Row], key: str) -> list[float]:
+    """The finite values of a metric, in order."""
+    return [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
 def gap_sentence(rows: list[Row], stage: int, count: int) -> str | None:

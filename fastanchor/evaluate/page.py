@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import shlex
+from collections.abc import Sequence
 from html import escape
 
 from PIL import Image
@@ -58,10 +59,14 @@ def swatch(color: str, text: str, dashed: bool = False) -> str:
     return f'<span class="key"><i style="{style}"></i>{safe(text)}</span>'
 
 
-def table(rows: dict[str, object]) -> str:
-    """A two-column table."""
-    cells = "".join(f"<tr><th scope=row>{safe(key)}</th><td>{safe(value)}</td></tr>" for key, value in rows.items())
-    return f"<table>{cells}</table>"
+def table(rows: dict[str, object], columns: Sequence[object] = ()) -> str:
+    """A table of two columns; with `columns`, which names those after the first, every row's value is a sequence of cells."""
+    head = f"<tr><td></td>{''.join(f'<th scope=col>{safe(name)}</th>' for name in columns)}</tr>" if columns else ""
+    lines = ((key, value if columns else (value,)) for key, value in rows.items())
+    body = "".join(
+        f"<tr><th scope=row>{safe(key)}</th>{''.join(f'<td>{safe(cell)}</td>' for cell in cells)}</tr>" for key, cells in lines
+    )
+    return f"<table>{head}{body}</table>"
 
 
 def image(pixels: Tensor, alternative: str, *, shown: int = 128) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from fastanchor.errors import UserError
 from fastanchor.evaluate import figures, inspection
 from fastanchor.evaluate.figures import ROBUST, Line, Mark
 from fastanchor.evaluate.inspection import Attacked
-from fastanchor.evaluate.learning import learning_section, validation_count
+from fastanchor.evaluate.learning import learning_section, seconds_an_epoch, speed_section, validation_count
 from fastanchor.evaluate.page import (
     card,
     clean_text,
@@ -89,6 +88,7 @@ def build_report(trained: Trained, run: RunDir, images: ImageSet, *, out: Path, 
         eps_section(context),
         class_section(context),
         embedding_section(context),
+        speed_section(context.rows, device_name(context)),
         configuration_section(context),
     ]
     try:
@@ -161,7 +161,7 @@ def head(context: _Context) -> str:
         "method": f"{method}, {config.model.name}" + (f", width {config.model.width}" if config.model.width else ""),
         "checkpoint": f"{trained.path.name}: stage {state['stage']}, epoch {state['epoch']}",
         "data": f"{data.name}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images",
-        "device": context.environment.get("device", "not recorded"),
+        "device": device_name(context),
         "training time": _training_time(rows),
     }
     listed = "".join(f"<div><dt>{safe(key)}</dt><dd>{safe(value)}</dd></div>" for key, value in facts.items())
@@ -170,12 +170,16 @@ def head(context: _Context) -> str:
             f'<div class="cards">{"".join(cards)}</div>{note}<dl class="facts">{listed}</dl></header>')  # fmt: skip
 
 
+def device_name(context: _Context) -> str:
+    """The device that the run began on."""
+    return context.environment.get("device", "not recorded")
+
+
 def _training_time(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "no epochs logged"
     training, validation = (sum(row.get(key, 0.0) for row in rows) for key in ("seconds", "val_seconds"))
-    median = statistics.median(row["seconds"] for row in rows)
-    each = f"median {median:.3g} s an epoch"
+    each = f"median {seconds_an_epoch(rows)}"
     return f"{_duration(training)} for {len(rows)} epochs, {each}; validation {_duration(validation)} more"
 
 

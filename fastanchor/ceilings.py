@@ -1,0 +1,129 @@
+"""What a device can do at most, measured: matrix products in bf16 and fp32, and copying of memory.
+
+Every "share of the ceiling" is a share of these, measured in the process that reports it: clocks and neighbours change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from fastanchor.precision import full_precision
+
+ROUNDS = 5
+# Seconds of measuring a ceiling, shared by the rounds; a GPU's clock takes some of them to rise.
+SECONDS = {"cpu": 0.2, "cuda": 0.5}
+SMALLEST_MATRIX, LARGEST_MATRIX = 128, {"cpu": 4096, "cuda": 8192}
+# Far beyond the last cache: 50 MiB on an H100, some 32 MiB on most processors.
+COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Matrix products in FLOP/s, 2 a multiply-add, fp32 with TF32 off; copying in B/s, each byte moved twice (read, written)."""
+
+    bf16_matmul: float
+    fp32_matmul: float
+    copy_bandwidth: float
+
+
+def measure_ceilings(device: str | torch.device, *, seconds: float | None = None) -> Ceilings:
+    """All ceilings of a device, each measured for about `seconds` (None: SECONDS), once a process.
+
+    Neither torch's settings nor its random state change, and the memory taken is given back.
+    """
+    bf16, fp32 = (matmul_rate(device, dtype, seconds=seconds) for dtype in (torch.bfloat16, torch.float32))
+    return Ceilings(bf16, fp32, copy_bandwidth(device, seconds=seconds))
+
+
+def matmul_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: float | None = None) -> float:
+    """FLOP/s of the product of two large square matrices of `dtype`, 2 n^3 FLOPs each: the best of ROUNDS rounds.
+
+    n is a power of two from 128 to 8192 (4096 on a CPU), as large as one product fits into a round: where a processor
+    emulates bf16, a small product is all there is time for. Measured once a process and number of threads.
+    """
+    device = _with_index(device)
+    return _matmul_rate(device, dtype, seconds or SECONDS[device.type], torch.get_num_threads())
+
+
+def copy_bandwidth(device: str | torch.device, *, seconds: float | None = None) -> float:
+    """B/s of copying a buffer far beyond the caches within the device's memory, each byte moved twice: the best round."""
+    device = _with_index(device)
+    return _copy_bandwidth(device, seconds or SECONDS[device.type], torch.get_num_threads())
+
+
+@functools.cache
+def _matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float, threads: int) -> float:
+    with full_precision(), torch.no_grad():
+        size = SMALLEST_MATRIX
+        product = _product(device, dtype, size)
+        once = _quickest(product, device, calls=1, rounds=2)
+        while size < LARGEST_MATRIX[device.type] and 8 * once <= seconds / ROUNDS:
+            size *= 2
+            product = _product(device, dtype, size)
+            once = _quickest(product, device, calls=1, rounds=2)
+        rate = 2 * size**3 / _best(product, device, once, seconds)
+    del product
+    _release(device)
+    return rate
+
+
+@functools.cache
+def _copy_bandwidth(device: torch.device, seconds: float, threads: int) -> float:
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    copy = functools.partial(torch.empty_like(source).copy_, source)
+    once = _quickest(copy, device, calls=1, rounds=2)
+    bandwidth = 2 * source.numel() / _best(copy, device, once, seconds)
+    del copy, source
+    _release(device)
+    return bandwidth
+
+
+def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], object]:
+    """A call that multiplies two matrices of normal random values: on zeros a GPU draws less power and clocks higher."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+def _best(call: Callable[[], object], device: torch.device, once: float, seconds: float) -> float:
+    """Seconds of a call, the best of ROUNDS rounds that take `seconds` together where a call takes `once`."""
+    return min(once, _quickest(call, device, calls=max(1, int(seconds / ROUNDS / once)), rounds=ROUNDS))
+
+
+def _quickest(call: Callable[[], object], device: torch.device, calls: int, rounds: int) -> float:
+    """Seconds of a call, on average over a round of `calls`, in the quickest round; one call before them is not timed."""
+    call()
+    return min(_round(call, device, calls) for _ in range(rounds)) / calls
+
+
+def _round(call: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds of `calls` calls, on a GPU by its own clock."""
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        for _ in range(calls):
+            call()
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = perf_counter()
+    for _ in range(calls):
+        call()
+    return perf_counter() - started
+
+
+def _with_index(device: str | torch.device) -> torch.device:
+    """The device as a key of the caches: "cuda" is another name for one of the numbered ones."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
