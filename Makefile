@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# One line with the torch pin: in a second command an unpinned requirement would replace the build of torch.
-TORCH := torch==2.13.0
+# One line with the pins: in a second command an unpinned requirement would replace the build of torch.
+TORCH := torch==2.13.0 torchvision==0.28.0
 
 .PHONY: demo test lint format bench clean
 

@@ -25,6 +25,8 @@ DEV = [
     "hypothesis>=6.100,<7",
     "ruff>=0.9,<1",
     "pytorch-metric-learning>=2.5,<3",
+    # Models that are not ours, and optimisers to compare with.
+    "timm>=1.0,<2",
 ]
 
 here = Path(__file__).parent

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from fastanchor import environment, kernels
+from fastanchor.train.apex import find_apex
 
 # Optional packages: (package, what it is for, how to get it).
 OPTIONAL = (
@@ -37,20 +38,31 @@ def backends(device: torch.device) -> list[dict[str, str]]:
     """Which implementation each part will use on the device, with the reason."""
     usable, reason = kernels.usable(device)
     bf16, bf16_reason = _bf16(device)
+    _, apex = find_apex()
     return [
         {"part": "data", "backend": "resident", "why": "the whole set is kept on the device as uint8"},
         {
             "part": "attack",
-            "backend": "auto",
-            "why": "the engine's loop: input gradient only, one clamp for ball and box; "
-            "`attack.backend reference` is the plain loop it is tested against",
+            "backend": "graphed" if device.type == "cuda" else "eager",
+            "why": "steps on the BN-folded twin, input gradient only"
+            + (", replayed as one CUDA graph" if device.type == "cuda" else "; CUDA graphs need a CUDA device")
+            + "; `attack.backend reference` is the plain loop it is tested against",
+        },
+        {
+            "part": "training step",
+            "backend": "one CUDA graph" if device.type == "cuda" else "eager",
+            "why": "`engine.graph off` and `engine.compile` change it",
         },
         {
             "part": "hard-positive SupCon",
             "backend": "torch",
             "why": "dense reference implementation" + ("" if usable else f"; {reason}"),
         },
-        {"part": "optimiser", "backend": "torch fused SGD", "why": "one pass over all parameters, on CPU and CUDA"},
+        {
+            "part": "optimiser",
+            "backend": "torch fused SGD",
+            "why": f"one pass over all parameters; `optim.backend apex`: {apex.partition(';')[0]}",
+        },
         {"part": "training precision", "backend": "bf16 is worth trying" if bf16 else "fp32", "why": bf16_reason},
         {"part": "evaluation", "backend": "fp32, TF32 off", "why": "always: a robust accuracy is judged in full precision"},
     ]

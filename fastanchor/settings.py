@@ -19,6 +19,7 @@ import yaml
 
 from fastanchor.config import RANGES, Config
 from fastanchor.errors import UserError, did_you_mean
+from fastanchor.precision import NO_FP16
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -163,7 +164,8 @@ def _explain(text: str, given: dict[str, list[str]], known: dict[str, Any]) -> s
         return " ".join(" ".join(line.strip("│╭╮╰╯─ ") for line in text.splitlines()).split())
     key = max(blamed, key=len)
     found = f"{key} = {' '.join(given[key])}" if given[key] else key
-    return f"{found}: must be {_describe(known[key])}"
+    why = f"; {NO_FP16}" if key == "precision" and given[key] == ["fp16"] else ""
+    return f"{found}: must be {_describe(known[key])}{why}"
 
 
 def _describe(hint: Any) -> str:

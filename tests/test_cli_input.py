@@ -9,6 +9,7 @@ import torch
 
 from fastanchor import __version__
 from fastanchor.cli import COMMANDS, main
+from fastanchor.precision import NO_FP16
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_unknown_command(refused, word, nearest):
         (["train", "anchor", "--attack.eps=-1"], "attack.eps = -1: must be >= 0"),
         (["train", "anchor", "--skip-broken", "yes"], "data.skip_broken = yes: takes no value; "
                                                       "write --data.skip-broken or its no- form"),
-        (["train", "anchor", "--precision", "fp16"], "precision = fp16: must be one of fp32, bf16"),
+        (["train", "anchor", "--precision", "fp16"], f"precision = fp16: must be one of fp32, bf16; {NO_FP16}"),
         (["train", "anchor", "--loss.hsc", "0", "--attack.objective", "hsc"],
          "attack.objective = hsc: needs loss.hsc > 0, the attack would have nothing to maximise"),
         (["train", "anchor", "--device", "gpu"], "device = 'gpu': must be auto, cpu, cuda or cuda:N"),

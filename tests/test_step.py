@@ -29,9 +29,10 @@ def make_config(*flags):
 
 def make_step(config, model, stage=1):
     method = build_method(config, stage)
-    generators = {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(("augment", "attack"))}
     average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    return TrainStep(config, method, model, build_optimizer(method.trainable(model), config.optim), average, generators, CPU)
+    step = TrainStep(config, method, model, build_optimizer(method.trainable(model), config.optim), average, CPU)
+    step.reset({"augment": 0, "attack": 1})
+    return step
 
 
 def make_model(seed=0):
@@ -101,7 +102,7 @@ def test_lambda_zero_forwards_the_adversarial_view_alone(batch):
     model = make_model()
     seen = []
     model.backbone.register_forward_hook(lambda module, args, out: seen.append((module.training, len(args[0]))))
-    make_step(make_config("--loss.hsc", "0"), model)(images, labels, 0.0)
+    make_step(make_config("--loss.hsc", "0"), model)(images, labels, progress=0.0)
     assert seen == [(False, 12), (False, 12), (True, 12)]  # two attack steps in eval mode, one training forward
 
 
@@ -120,7 +121,7 @@ def test_views_follow_from_the_terms(batch, flags, views_):
     model = make_model()
     step = make_step(make_config(*flags), model)
     assert step.method.views == views_
-    made = step.make_views(images, labels, 0.0)
+    made = step.make_views(images, labels)
     assert tuple(made) == views_
     for view in made.values():
         assert view.shape == (12, 3, 16, 16) and view.dtype == torch.float32 and 0 <= view.min() and view.max() <= 1
@@ -136,14 +137,14 @@ def test_attack_objectives_raise_what_they_maximise(batch, objective):
     images, labels = batch
     model = make_model()
     step = make_step(make_config("--attack.objective", objective, "--attack.steps", "10", "--attack.step-size", "0.02"), model)
-    made = step.make_views(images, labels, 1.0)
+    made = step.make_views(images, labels)
 
     def value(adv):
         with torch.no_grad():
             model.eval()
             logits, embeddings = model(torch.cat([made["aug"], adv]), embed=True)
         ce = torch.nn.functional.cross_entropy(logits[12:], labels, reduction="sum")
-        hsc = 0.5 * 12 * step.method.contrastive(1.0)(embeddings, labels.repeat(2))
+        hsc = 0.5 * 12 * step.method.contrastive(torch.tensor(1.0))(embeddings, labels.repeat(2))
         return {"ce": ce, "ce+hsc": ce + hsc, "hsc": hsc}[objective].item()
 
     noise = 0.1 * torch.randn(made["aug"].shape, generator=torch.Generator().manual_seed(0)).sign()
@@ -155,7 +156,7 @@ def test_joint_attack_is_the_reference_attack_on_the_written_out_objective(batch
     images, labels = batch
     model = make_model()
     step = make_step(make_config("--attack.objective", kind, "--no-channels-last"), model)
-    made = step.make_views(images, labels, 1.0)
+    made = step.make_views(images, labels)
     model.eval()
     with torch.no_grad():
         fixed = model(made["aug"], embed=True)[1]
@@ -177,10 +178,10 @@ def test_label_smoothing_is_in_the_training_terms_and_not_in_the_attack(batch):
     smooth, plain = (
         make_step(make_config("--loss.label-smoothing", s, "--loss.ce-clean", "0.5"), make_model()) for s in ("0.3", "0")
     )
-    made = [step.make_views(images, labels, 1.0) for step in (smooth, plain)]
+    made = [step.make_views(images, labels) for step in (smooth, plain)]
     assert torch.equal(made[0]["adv"], made[1]["adv"])
     out = smooth.method.outputs(smooth.model.eval(), made[0])
-    terms = smooth.method.loss(out, labels, 1.0)
+    terms = smooth.method.loss(out, labels, torch.tensor(1.0))
     for name, view, weight in (("ce_adv", "adv", 1.0), ("ce_clean", "aug", 0.5)):
         log_p = out.logits[view].log_softmax(1)
         expected = -0.7 * log_p[range(12), labels].mean() - 0.3 * log_p.mean()
@@ -189,7 +190,7 @@ def test_label_smoothing_is_in_the_training_terms_and_not_in_the_attack(batch):
 
 def test_beta_rises_over_the_warm_up():
     method = build_method(parse_flags(["--loss.beta", "4", "--loss.beta-warmup-epochs", "10"], Config()))
-    assert [method.beta(progress) for progress in (0, 2.5, 5, 10, 50)] == [0, 1, 2, 4, 4]
+    assert [method.beta(torch.tensor(progress)) for progress in (0.0, 2.5, 5.0, 10.0, 50.0)] == [0, 1, 2, 4, 4]
 
 
 def test_effective_positives_are_logged_and_fall_with_hardness(batch):
@@ -197,7 +198,7 @@ def test_effective_positives_are_logged_and_fall_with_hardness(batch):
     found = {}
     for beta in ("0", "20"):
         step = make_step(make_config("--loss.beta", beta), make_model())
-        step(images, labels, 1.0)
+        step(images, labels, progress=1.0)
         found[beta] = step.read()["effective_positives"]
     assert found["0"] == pytest.approx(2 * 3 - 1)  # 12 images of 4 classes in two views: 6 a class, less oneself
     assert found["20"] < found["0"] - 0.01
@@ -221,9 +222,9 @@ class NoHostReads(TorchDispatchMode):
 def test_no_value_is_read_back_inside_the_step(batch, flags):
     images, labels = batch
     step = make_step(make_config(*flags), make_model())
-    step(images, labels, 0.0)
+    step(images, labels, progress=0.0)
     with NoHostReads():
-        step(images, labels, 0.5)
+        step(images, labels, progress=0.5)
     with pytest.raises(AssertionError, match="reads a value back"), NoHostReads():
         step.check_finite(1)
 
@@ -232,12 +233,12 @@ def test_divergence_names_the_step_and_the_terms(batch):
     images, labels = batch
     model = make_model()
     step = make_step(make_config(), model)
-    step(images, labels, 0.0)
+    step(images, labels, progress=0.0)
     step.check_finite(41)
     with torch.no_grad():
         model.classifier.weight[0, 0] = float("nan")
-    step(images, labels, 0.0)
-    step(images, labels, 0.0)
+    step(images, labels, progress=0.0)
+    step(images, labels, progress=0.0)
     with pytest.raises(NonFinite, match=r"diverged at step 42: ce_adv = nan, hsc = .*grad_norm = nan; try a lower optim.lr"):
         step.check_finite(41)
 
@@ -247,7 +248,7 @@ def test_gradient_clipping_bounds_the_update(batch):
     model = make_model()
     before = [p.detach().clone() for p in model.parameters()]
     step = make_step(make_config("--optim.clip-grad-norm", "0.01", "--optim.momentum", "0", "--optim.weight-decay", "0"), model)
-    step(images, labels, 0.0)
+    step(images, labels, progress=0.0)
     moved = sum((p - q).square().sum() for p, q in zip(model.parameters(), before, strict=True)).sqrt()
     assert moved.item() == pytest.approx(0.05 * 0.01, rel=1e-3)
     assert step.read()["grad_norm"] > 0.01  # what is logged is the norm before clipping
@@ -260,7 +261,7 @@ def test_stage_2_moves_the_classifier_alone(batch):
         before = copy.deepcopy(model.state_dict())
         step = make_step(make_config("--stage2.mode", mode), model, stage=2)
         assert step.method.views == views_
-        step(images, labels, 0.0)
+        step(images, labels, progress=0.0)
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert changed == {"classifier.weight", "classifier.bias"}
 
@@ -270,8 +271,8 @@ def test_stage_2_attacks_the_frozen_network_whatever_stage_1_did(batch):
     for bn in ("train", "train_frozen"):
         model = make_model()
         before = copy.deepcopy(model.state_dict())
-        made = make_step(make_config("--stage2.mode", "alf", "--attack.bn", bn), model, stage=2).make_views(images, labels, 0.0)
-        expected = make_step(make_config("--stage2.mode", "alf"), make_model(), stage=2).make_views(images, labels, 0.0)
+        made = make_step(make_config("--stage2.mode", "alf", "--attack.bn", bn), model, stage=2).make_views(images, labels)
+        expected = make_step(make_config("--stage2.mode", "alf"), make_model(), stage=2).make_views(images, labels)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(made["adv"], expected["adv"])
 
@@ -289,7 +290,7 @@ def test_the_trials_after_an_out_of_memory_do_not_hold_the_failed_step(batch, mo
 
     monkeypatch.setattr(type(step.method), "loss", watch)
     try:
-        step(images, labels, 0.0)
+        step(images, labels, progress=0.0)
     except torch.OutOfMemoryError as error:
         assert "batch_size = 6 fits (tried)" in str(explain_out_of_memory(error, step, images, labels))
     assert alive[1][1] == [False]
@@ -308,7 +309,7 @@ def test_out_of_memory_reports_a_size_that_was_tried(batch, limit, says):
     model.backbone.register_forward_pre_hook(refuse)
     step = make_step(make_config(), model)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        step(images, labels, 0.0)
+        step(images, labels, progress=0.0)
     text = str(explain_out_of_memory(caught.value, step, images, labels))
     assert text.startswith("batch_size = 12 with 2 views (aug, adv) does not fit in the memory of cpu")
     assert says in text and text.endswith("The original error: CUDA out of memory. Tried to allocate 20.00 GiB")

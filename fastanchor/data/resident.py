@@ -41,23 +41,27 @@ class ResidentSplit:
         read only. The order crosses to the device in one transfer an epoch. drop_last: leave an incomplete batch out.
         Raises UserError as `number_of_batches` does, ValueError for a generator of another device.
         """
-        batches = self.number_of_batches(batch_size, drop_last)
         if generator is None:
-            return self._in_order(batches, batch_size)
+            return self._in_order(self.number_of_batches(batch_size, drop_last), batch_size)
+        return ((indices, *self.take(indices)) for indices in self.shuffled(batch_size, generator=generator, drop_last=drop_last))
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 (B, H, W, 3) and labels (B,) of these indices, int64 (B,) on the device."""
+        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+
+    def shuffled(self, batch_size: int, *, generator: torch.Generator, drop_last: bool) -> Iterator[Tensor]:
+        """The indices alone of `epoch`'s batches, for a step that takes its images itself; same order, same errors."""
+        batches = self.number_of_batches(batch_size, drop_last)
         if generator.device.type != "cpu":
             raise ValueError(f"the order of an epoch is drawn from a CPU generator, not from one on {generator.device}")
         order = torch.randperm(len(self), generator=generator)
         if self.device.type == "cuda":
             order = order.pin_memory()
-        return self._shuffled(order.to(self.device, non_blocking=True), batches, batch_size)
+        order = order.to(self.device, non_blocking=True)
+        return (order[i * batch_size : (i + 1) * batch_size] for i in range(batches))
 
     def _in_order(self, batches: int, batch_size: int) -> Iterator[Batch]:
         indices = torch.arange(len(self), device=self.device)
         for i in range(batches):
             piece = slice(i * batch_size, (i + 1) * batch_size)
             yield indices[piece], self.images[piece], self.labels[piece]
-
-    def _shuffled(self, order: Tensor, batches: int, batch_size: int) -> Iterator[Batch]:
-        for i in range(batches):
-            indices = order[i * batch_size : (i + 1) * batch_size]
-            yield indices, self.images.index_select(0, indices), self.labels.index_select(0, indices)

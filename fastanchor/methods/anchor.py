@@ -41,12 +41,12 @@ class Anchor(Method):
             wanted |= set(self.weights.views.split("+"))
         self.views = tuple(view for view in ("clean", "aug", "adv") if view in wanted)
 
-    def beta(self, progress: float) -> float:
+    def beta(self, progress: Tensor) -> float | Tensor:
         """Hardness after `progress` epochs: rises linearly over the warm-up."""
         warmup = self.weights.beta_warmup_epochs
-        return self.weights.beta * (min(1.0, progress / warmup) if warmup > 0 else 1.0)
+        return self.weights.beta * (progress / warmup).clamp(max=1) if warmup > 0 else self.weights.beta
 
-    def contrastive(self, progress: float) -> HardSupConLoss:
+    def contrastive(self, progress: Tensor) -> HardSupConLoss:
         """The contrastive loss at this point of the training."""
         loss = self.weights
         return HardSupConLoss(
@@ -54,30 +54,29 @@ class Anchor(Method):
             detach_weights=loss.detach_weights, normalizer=loss.normalizer, denominator=loss.denominator,
         )  # fmt: skip
 
-    def attack(self, progress: float) -> PGD:
+    def attack(self, progress: Tensor) -> PGD:
         kind = self.config.attack.objective
-        objective = "ce" if kind == "ce" else self._joint_objective(kind, self.contrastive(progress))
+        objective = "ce" if kind == "ce" else self._joint_objective(kind, progress)
         return build_attack(self.config.attack, self.config.precision, objective)
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float, generator: torch.Generator) -> Tensor:
-        attacked = model if self.config.attack.objective == "ce" else _WithEmbeddings(model)
-        return super().perturb(attacked, images, labels, progress, generator)
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return model if self.config.attack.objective == "ce" else _WithEmbeddings(model)
 
-    def _joint_objective(self, kind: str, contrastive: HardSupConLoss):
+    def _joint_objective(self, kind: str, progress: Tensor):
         """The training loss as the adversary sees it: the clean views' embeddings are fixed, the adversarial ones move."""
 
         @with_clean
         def objective(outputs, labels, clean):
             embeddings = torch.cat([clean[1], outputs[1]])
             # The mean over rows times the batch: on one scale with a sum of cross-entropies over the batch.
-            value = self.weights.hsc * len(labels) * contrastive(embeddings, labels.repeat(2))
+            value = self.weights.hsc * len(labels) * self.contrastive(progress)(embeddings, labels.repeat(2))
             if kind == "ce+hsc":
                 value = value + self.weights.ce_adv * F.cross_entropy(outputs[0], labels, reduction="sum")
             return value
 
         return objective
 
-    def loss(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         smoothing = self.weights.label_smoothing
         terms = {"ce_adv": self.weights.ce_adv * F.cross_entropy(out.logits["adv"], labels, label_smoothing=smoothing)}
         if self.weights.ce_clean > 0:
@@ -87,7 +86,7 @@ class Anchor(Method):
             terms["hsc"] = self.weights.hsc * self.contrastive(progress)(embeddings, stacked)
         return terms
 
-    def diagnostics(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+    def diagnostics(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """The effective number of positives 1 / sum(w^2), its median over rows: below about 4, outliers rule the loss."""
         if not self.embeds:
             return {}
@@ -111,7 +110,7 @@ class LinearStage(Method):
         self.adversarial = config.stage2.mode == "alf"
         self.views = ("adv",) if self.adversarial else ("aug",)
 
-    def attack(self, progress: float) -> PGD | None:
+    def attack(self, progress: Tensor) -> PGD | None:
         # Whatever stage 1's mode: batch statistics would be another network's than the one trained here, and "train" would move
         # the frozen ones.
         frozen = dataclasses.replace(self.config.attack, bn="eval")
@@ -128,7 +127,7 @@ class LinearStage(Method):
             features = model.features(inputs)
         return model.classifier(features), None
 
-    def loss(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         return {"ce": F.cross_entropy(out.logits[self.views[0]], labels)}
 
 

@@ -27,6 +27,8 @@ class Method:
     """Base of all methods. `views` names the inputs of the training forward, in order, out of VIEWS.
 
     "clean": the images as they are; "aug": augmented; "adv": made by `attack()` from the augmented ones.
+    `progress`, wherever it is given, is a 0-d tensor on the device: epochs done, fractional. It is changed in place from step to
+    step, so what follows from it must be computed as a tensor: a captured step has frozen every Python number.
     """
 
     views: tuple[str, ...] = ("adv",)
@@ -34,13 +36,13 @@ class Method:
     # Which validation accuracy chooses the epoch to keep; the other one breaks ties.
     selects: str = "robust"
 
-    def attack(self, progress: float) -> PGD | None:
-        """The adversary at this point of the training (epochs done, fractional); None where no view is "adv"."""
+    def attack(self, progress: Tensor) -> PGD | None:
+        """The adversary, built once for the whole training; None where no view is "adv"."""
         return None
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float, generator: torch.Generator) -> Tensor:
-        """The adversarial view of `images`: fp32, same shape."""
-        return self.attack(progress)(model, images, labels, generator=generator)
+    def attacked(self, model: nn.Module) -> nn.Module:
+        """What the adversary sees of the model, asked for once: a module from images to logits, or to a tuple that begins so."""
+        return model
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that the optimiser moves."""
@@ -63,10 +65,10 @@ class Method:
         embedded = {} if embeddings is None else dict(zip(views, embeddings.float().split(batch), strict=True))
         return Outputs(dict(zip(views, logits.float().split(batch), strict=True)), embedded)
 
-    def loss(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Named, already weighted terms, each a scalar; their sum is minimised."""
         raise NotImplementedError
 
-    def diagnostics(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+    def diagnostics(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         """Named scalars to log, without gradient."""
         return {}

@@ -18,5 +18,5 @@ class Standard(Method):
     def __init__(self, config: Config):
         self.smoothing = config.loss.label_smoothing
 
-    def loss(self, out: Outputs, labels: Tensor, progress: float) -> dict[str, Tensor]:
+    def loss(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         return {"ce": F.cross_entropy(out.logits["aug"], labels, label_smoothing=self.smoothing)}

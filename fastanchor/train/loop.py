@@ -22,13 +22,21 @@ from fastanchor.errors import UserError
 from fastanchor.evaluate.accuracy import measure
 from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.methods import build_method
-from fastanchor.settings import to_dict
+from fastanchor.settings import from_dict, to_dict
 from fastanchor.train import checkpoint
 from fastanchor.train.memory import explain_out_of_memory
-from fastanchor.train.optim import WeightAverage, build_optimizer, learning_rate
+from fastanchor.train.optim import (
+    WeightAverage,
+    build_optimizer,
+    check_optimizer,
+    learning_rate,
+    load_optimizer,
+    set_learning_rate,
+)
 from fastanchor.train.progress import Reporter
 from fastanchor.train.run import RunDir, model_from_config
 from fastanchor.train.step import TrainStep
+from fastanchor.train.throughput import StepCost, Throughput, step_cost
 
 # On a GPU a look at the verdict costs a wait, so divergence is noticed at most this many steps late; the step named is exact.
 FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 50}
@@ -39,6 +47,7 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
 
     resume: go on from the run's newest good checkpoint. Raises UserError (bad input, divergence, a full disk).
     """
+    started = time.perf_counter()
     check_config(config)
     reporter = reporter or Reporter()
     device = environment.pick_device(config.device)
@@ -47,17 +56,20 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
     else:
         run.create(config, device)
     with run.locked():
-        _run_stages(config, images, run, device, resume, reporter)
+        _run_stages(config, images, run, device, resume, reporter, started)
 
 
-def _run_stages(config: Config, images: ImageSet, run: RunDir, device: torch.device, resume: bool, reporter: Reporter) -> None:
+def _run_stages(
+    config: Config, images: ImageSet, run: RunDir, device: torch.device, resume: bool, reporter: Reporter, started: float
+) -> None:
     """Both stages, or what is left of them."""
     state, note = checkpoint.load_latest(run.checkpoints) if resume else (None, None)
     if note:
         reporter.say(f"warning: {note}")
-    if state is not None and state["config"] != to_dict(config):
+    # Read anew: a checkpoint of an earlier version lacks the settings that came since, which then have their defaults.
+    if state is not None and from_dict(state["config"], str(run.checkpoints)) != config:
         raise UserError(f"{run.path}: its checkpoint was written by another configuration than its config.yaml")
-    trainer = _Trainer(config, images, run, device, reporter)
+    trainer = _Trainer(config, images, run, device, reporter, started)
     if state is not None and state.get("data") != trainer.data:
         raise UserError(f"{run.path}: the images of {images.name} are not those that the run began with")
     stages = (1, 2) if config.stage2.mode != "none" else (1,)
@@ -86,8 +98,11 @@ def check_config(config: Config) -> None:
         raise UserError("loss.ce_adv = loss.ce_clean = loss.hsc = 0: at least one must be > 0")
     if config.method == "standard" and config.stage2.mode != "none":
         raise UserError(f"stage2.mode = {config.stage2.mode}: undefended training has no stage 2; write none")
-    if config.optim.nesterov and config.optim.momentum == 0:
-        raise UserError("optim.nesterov: needs optim.momentum > 0")
+    check_optimizer(config.optim)
+    if config.engine.compile and config.attack.backend in ("reference", "eager", "graphed"):
+        raise UserError(
+            f"engine.compile: compiles the attack's step too; attack.backend = {config.attack.backend} contradicts it"
+        )
     parse_attack(config.val.attack, default_eps=config.attack.eps)
     if config.val.attack.startswith("autoattack"):
         raise UserError("val.attack = autoattack: too slow for every epoch; use pgdN or cwN")
@@ -134,12 +149,15 @@ class _Stage:
 
     number: int
     step: TrainStep
+    cost: StepCost
     average: WeightAverage | None
     best: _Best = field(default_factory=_Best)
 
 
 class _Trainer:
-    def __init__(self, config: Config, images: ImageSet, run: RunDir, device: torch.device, reporter: Reporter):
+    def __init__(self, config: Config, images: ImageSet, run: RunDir, device: torch.device, reporter: Reporter, started: float):
+        # Before model and data: its matrices then never add to the peak of memory.
+        self.throughput = Throughput(device, started)
         self.config, self.run, self.device, self.reporter = config, run, device, reporter
         self.class_names = images.class_names
         self.mean, self.std = channel_stats(images.train.images)
@@ -167,8 +185,9 @@ class _Trainer:
         method = build_method(config, number)
         optimizer = build_optimizer(method.trainable(self.model), config.optim)
         average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-        step = TrainStep(config, method, self.model, optimizer, average, {}, self.device)
-        stage = _Stage(number, step, average)
+        step = TrainStep(config, method, self.model, optimizer, average, self.device, self.train_set.take)
+        cost = step_cost(method, self.model, tuple(self.train_set.images.shape[1:3]))
+        stage = _Stage(number, step, cost, average)
         first = 1
         if state is not None:
             self._restore(stage, state)
@@ -183,6 +202,8 @@ class _Trainer:
         try:
             for epoch in range(first, epochs + 1):
                 row = self._epoch(stage, config, epoch, epochs, batch_size, drop_last, steps)
+                if epoch == first:
+                    self.reporter.say(step.describe())
                 self._validate_and_save(stage, row, last=epoch == epochs)
                 self.reporter.end_epoch(row, epochs)
         finally:
@@ -195,28 +216,28 @@ class _Trainer:
     ) -> dict:
         started = time.perf_counter()
         step = stage.step
-        step.reset()
         seeds = {name: derive_seed(config.seed, stage.number, epoch, name) for name in ("order", "augment", "attack", "other")}
-        step.generators = {name: torch.Generator(self.device).manual_seed(seeds[name]) for name in ("augment", "attack")}
+        step.reset(seeds)
         order = torch.Generator().manual_seed(seeds["order"])
         torch.manual_seed(seeds["other"])
         first_step = (epoch - 1) * steps + 1
-        lr = 0.0
-        for i, (_, images, labels) in enumerate(self.train_set.epoch(batch_size, generator=order, drop_last=drop_last)):
+        lr, trained = 0.0, 0
+        for i, indices in enumerate(self.train_set.shuffled(batch_size, generator=order, drop_last=drop_last)):
             progress = epoch - 1 + (i + 0.5) / steps
             lr = learning_rate(config.optim, progress, epochs)
-            for group in step.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(step.optimizer, lr)
             try:
-                step(images, labels, progress)
+                step(indices, progress=progress)
             except torch.OutOfMemoryError as error:
-                raise explain_out_of_memory(error, step, images, labels) from error
+                raise explain_out_of_memory(error, step, indices) from error
+            self.throughput.step_done()
+            trained += len(indices)
             if (i + 1) % FINITE_CHECK_EVERY[self.device.type] == 0 or i + 1 == steps:
                 step.check_finite(first_step)
             self.reporter.step()
         row = {"stage": stage.number, "epoch": epoch, "lr": lr, **step.read()}
         row["seconds"] = time.perf_counter() - started
-        return row
+        return row | self.throughput.epoch(trained, row["seconds"], stage.cost)
 
     def _validate_and_save(self, stage: _Stage, row: dict, last: bool) -> None:
         judged = stage.average.model if stage.average is not None else self.model
@@ -264,7 +285,7 @@ class _Trainer:
         if stage.average is not None:
             checkpoint.restore_weights(stage.average.model, state["weights"], path)
             stage.average.steps = state["average_steps"]
-        stage.step.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(stage.step.optimizer, state["optimizer"])
         stage.best = _Best(**state["best"])
 
     def _compare_stages(self, second: _Best) -> None:
@@ -289,8 +310,8 @@ def _stage2_config(config: Config) -> Config:
     """The configuration as stage 2 sees it: its own schedule and batch size, no averaging."""
     second = config.stage2
     optim = dataclasses.replace(
-        config.optim, lr=second.lr, schedule="step", milestones=second.milestones, decay=0.1, weight_decay=second.weight_decay,
-        warmup_epochs=0.0, ema_decay=0.0, nesterov=False,
+        config.optim, name="sgd", backend="auto", lr=second.lr, schedule="step", milestones=second.milestones, decay=0.1,
+        weight_decay=second.weight_decay, warmup_epochs=0.0, ema_decay=0.0, nesterov=False,
     )  # fmt: skip
     return dataclasses.replace(config, optim=optim, batch_size=second.batch_size, epochs=second.epochs)
 

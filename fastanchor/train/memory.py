@@ -11,28 +11,29 @@ from fastanchor.errors import UserError
 from fastanchor.train.step import TrainStep
 
 
-def explain_out_of_memory(error: torch.OutOfMemoryError, step: TrainStep, images_u8: Tensor, labels: Tensor) -> UserError:
+def explain_out_of_memory(error: torch.OutOfMemoryError, step: TrainStep, *batch: Tensor) -> UserError:
     """Try the failed step on half the batch, a quarter, ... and report the first that fits.
 
     The trials train the network on, so the caller must stop; the checkpoints on disk are untouched.
     """
     # The frames of the failed step still hold its activations; the trials need that memory.
     traceback.clear_frames(error.__traceback__)
-    batch, views = len(labels), len(step.method.views)
+    step.without_graph()
+    given, views = len(batch[0]), len(step.method.views)
     fits = None
-    size = batch // 2
+    size = given // 2
     while size >= 1 and fits is None:
         step.optimizer.zero_grad(set_to_none=True)
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            step(images_u8[:size], labels[:size], 0.0)
+            step(*(part[:size] for part in batch), progress=0.0)
             fits = size
         except torch.OutOfMemoryError:
             size //= 2
     names = ", ".join(step.method.views)
     tried = (
-        f"batch_size = {batch} with {views} view{'s' if views > 1 else ''} ({names}) does not fit in the memory of {step.device}"
+        f"batch_size = {given} with {views} view{'s' if views > 1 else ''} ({names}) does not fit in the memory of {step.device}"
     )
     advice = f"batch_size = {fits} fits (tried)" if fits else "not even batch_size = 1 fits"
     return UserError(f"{tried}; {advice}. The original error: {' '.join(str(error).split())}")

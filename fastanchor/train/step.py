@@ -1,43 +1,84 @@
-"""One training step: views, attack, one forward over all views, loss, backward, update.
+"""One training step: views, attack, one forward over all views, loss, backward, update; on a GPU replayed as one CUDA graph.
 
 Nothing in it reads a value back from the device; what is logged is added up there and read once an epoch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from fastanchor import graphs
 from fastanchor.config import Config
 from fastanchor.data import views as augmentation
 from fastanchor.errors import UserError
 from fastanchor.methods import Method
-from fastanchor.train.optim import WeightAverage
+from fastanchor.train.optim import WeightAverage, capturable, state_tensors
 
 
 class NonFinite(UserError):
     """The loss or its gradient became NaN or infinite."""
 
 
+def as_given(images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch is the images and labels themselves."""
+    return images_u8, labels
+
+
 class TrainStep:
-    """Callable on a batch; owns the sums that an epoch's metrics are made of."""
+    """Callable on a batch; owns the sums that an epoch's metrics are made of.
 
-    def __init__(self, config: Config, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer,
-                 average: WeightAverage | None, generators: dict[str, torch.Generator], device: torch.device):  # fmt: skip
+    load: from what a batch is made of (indices into a resident set, say) to images uint8 (B, H, W, 3) and labels (B,), on the
+    device; it is a part of the step, and of its graph. notes: how the step is run and why, for people, after the first one.
+    """
+
+    def __init__(
+        self, config: Config, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
+        device: torch.device, load: Callable[..., tuple[Tensor, Tensor]] = as_given,
+    ):  # fmt: skip
         self.config, self.method, self.model, self.optimizer, self.average = config, method, model, optimizer, average
-        self.generators, self.device = generators, device
+        self.device, self.load = device, load
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.reset()
-
-    def reset(self) -> None:
-        """Start an epoch's sums anew."""
+        self.generators = {name: torch.Generator(device) for name in ("augment", "attack")}
+        # Everything that changes from step to step lives on the device at an address that stays.
+        self.progress = torch.zeros((), device=device)
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_terms: Tensor | None = None
         self.term_names: list[str] = []
+        self.network = torch.compile(model, dynamic=False) if config.engine.compile else model
+        self.attack, self.attacked = method.attack(self.progress), method.attacked(model)
+        self.notes: dict[str, str] = {}
+        self._graphs = graphs.Cache()
+        self.graphed, self.notes["graphed"] = self._decide_graph()
+        if self.attack is not None and self.attack.backend in ("auto", "graphed") and (self.graphed or config.engine.compile):
+            # The attack becomes a part of the step's own graph.
+            self.attack.backend = "compiled" if config.engine.compile else "eager"
 
-    def make_views(self, images_u8: Tensor, labels: Tensor, progress: float) -> dict[str, Tensor]:
+    def _decide_graph(self) -> tuple[bool, str]:
+        wanted = self.config.engine.graph
+        if wanted == "off":
+            return False, "no: engine.graph = off"
+        if wanted == "auto" and self.device.type != "cuda":
+            return False, f"no: CUDA graphs need a CUDA device, this is {self.device}"
+        if not capturable(self.optimizer):
+            if wanted == "on":
+                raise UserError(f"engine.graph = on: a graph cannot hold optim.backend = {self.config.optim.backend}")
+            return False, f"no: a graph cannot hold optim.backend = {self.config.optim.backend}"
+        return True, "yes: the whole step, from the batch to the update, is one CUDA graph"
+
+    def reset(self, seeds: dict[str, int]) -> None:
+        """Start an epoch: its sums anew, its generators ("augment", "attack") from these seeds."""
+        for total in (*self.sums.values(), self.steps):
+            total.zero_()
+        self.bad_step.fill_(-1)
+        for name, generator in self.generators.items():
+            generator.manual_seed(seeds[name])
+
+    def make_views(self, images_u8: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The method's inputs by name: fp32 (B, 3, H, W) in [0, 1], channels-last."""
         augment = self.config.data.augment
         made: dict[str, Tensor] = {}
@@ -46,26 +87,70 @@ class TrainStep:
         made["aug"] = augmentation.augment(images_u8, augment, self.generators["augment"], pad=self.config.data.pad)
         if not self.config.channels_last:
             made = {name: view.contiguous() for name, view in made.items()}
-        if "adv" in self.method.views:
-            made["adv"] = self.method.perturb(self.model, made["aug"], labels, progress, self.generators["attack"])
+        if self.attack is not None:
+            made["adv"] = self.attack(self.attacked, made["aug"], labels, generator=self.generators["attack"])
         return {name: made[name] for name in self.method.views}
 
-    def __call__(self, images_u8: Tensor, labels: Tensor, progress: float) -> None:
-        """images_u8 (B, H, W, 3) uint8 and labels (B,) on the device; progress: epochs done, fractional."""
+    def __call__(self, *batch: Tensor, progress: float) -> None:
+        """batch: what `load` takes, on the device; progress: epochs done, fractional."""
+        self.progress.fill_(progress)
+        captured = self._captured(batch) if self.graphed else None
+        if captured is None:
+            self._iterate(*batch)
+        else:
+            captured(*batch)
+        if self.attack is not None and "folded" not in self.notes:
+            self.notes["folded"] = self.attack.engine.notes.get("folded", "no: attack.backend = reference")
+
+    def describe(self) -> str:
+        """How the step is run, in one line."""
+        names = {"folded": "attack on the BN-folded twin", "graphed": "CUDA graph"}
+        return "; ".join(f"{names[key]}: {note}" for key, note in sorted(self.notes.items()))
+
+    def without_graph(self) -> None:
+        """Run eagerly from now on, and give the graphs' memory back."""
+        self.graphed, self._graphs = False, graphs.Cache()
+
+    def _captured(self, batch: tuple[Tensor, ...]) -> graphs.Captured | None:
+        def build() -> graphs.Captured:
+            return graphs.Captured(
+                self._iterate, batch, state=self._state, generators=tuple(self.generators.values()),
+                pool=graphs.shared_pool(self.device),
+            )  # fmt: skip
+
+        try:
+            return self._graphs.get(tuple((part.shape, part.dtype) for part in batch), build)
+        except graphs.CaptureFailed as error:
+            if self.config.engine.graph == "on":
+                raise UserError(f"engine.graph = on: {error}") from error
+            self.without_graph()
+            self.notes["graphed"] = f"no: {error}"
+            return None
+
+    def _state(self) -> list[Tensor]:
+        """All that a step changes."""
+        found = [*self.model.parameters(), *self.model.buffers(), *state_tensors(self.optimizer)]
+        found += [*self.sums.values(), self.steps, self.bad_step]
+        found += [] if self.bad_terms is None else [self.bad_terms]
+        return found + ([] if self.average is None else self.average.tensors())
+
+    def _iterate(self, *batch: Tensor) -> None:
+        images_u8, labels = self.load(*batch)
         self.method.train_mode(self.model)
-        views = self.make_views(images_u8, labels, progress)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            out = self.method.outputs(self.model, views)
-        terms = self.method.loss(out, labels, progress)
-        total = torch.stack(list(terms.values())).sum()
+        # Before the backward pass of a capture they must be gone: the graph's own memory holds its gradients.
         self.optimizer.zero_grad(set_to_none=True)
+        views = self.make_views(images_u8, labels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            out = self.method.outputs(self.network, views)
+        terms = self.method.loss(out, labels, self.progress)
+        total = torch.stack(list(terms.values())).sum()
         total.backward()
         norm = self._clip()
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
         with torch.no_grad():
-            self._record(terms, total.detach(), norm, out, labels, progress)
+            self._record(terms, total.detach(), norm, out, labels)
 
     def _clip(self) -> Tensor:
         """Total norm of the gradient, after which it is clipped where the recipe says so."""
@@ -75,19 +160,19 @@ class TrainStep:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip_grad_norm, norm)
         return norm
 
-    def _record(self, terms: dict[str, Tensor], total: Tensor, norm: Tensor, out, labels: Tensor, progress: float) -> None:
+    def _record(self, terms: dict[str, Tensor], total: Tensor, norm: Tensor, out, labels: Tensor) -> None:
         values = {f"loss_{name}": term.detach() for name, term in terms.items()}
-        values |= {"loss": total, "grad_norm": norm, **self.method.diagnostics(out, labels, progress)}
+        values |= {"loss": total, "grad_norm": norm, **self.method.diagnostics(out, labels, self.progress)}
         for view, logits in out.logits.items():
             values[f"accuracy_{view}"] = (logits.argmax(1) == labels).float().mean()
         stacked = torch.stack([*(term.detach() for term in terms.values()), norm])
         if self.bad_terms is None:
             self.bad_terms, self.term_names = torch.zeros_like(stacked), [*terms, "grad_norm"]
         first_bad = ~torch.isfinite(stacked).all() & (self.bad_step < 0)
-        self.bad_step = torch.where(first_bad, self.steps, self.bad_step)
-        self.bad_terms = torch.where(first_bad, stacked, self.bad_terms)
+        self.bad_step.copy_(torch.where(first_bad, self.steps, self.bad_step))
+        self.bad_terms.copy_(torch.where(first_bad, stacked, self.bad_terms))
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.sums.setdefault(name, torch.zeros_like(value)).add_(value)
         self.steps += 1
 
     def check_finite(self, first_step: int) -> None:
