@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,8 @@ from fastanchor.precision import full_precision
 # aten: convolution, then residual and ReLU in place (torch.compile fuses them). cudnn: its fused convolution-bias-ReLU.
 CONV_BACKENDS = ("aten", "cudnn")
 
-_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_RELU_METHODS = ("relu", "relu_")
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-_ADD_METHODS = ("add", "add_")
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 # How far a twin's outputs and input gradients may be from its model's: rounding through a deep net (in a gradient also ReLUs
 # that it switches), far below what a wrongly rewritten graph shows.
 _TOLERANCES = {torch.float64: (1e-6, 1e-3), torch.float32: (1e-3, 0.2), torch.bfloat16: (5e-2, 0.5)}
@@ -35,8 +32,7 @@ class CannotFold(Exception):
     """The network has no folded twin; the message says why. Attacks then run on the network itself."""
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A BatchNorm in eval mode, as tensors (C,) of the model itself; weight and bias None where it has none."""
 
     mean: Tensor
@@ -135,12 +131,12 @@ class FoldedTwin(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.identity = _identity(model)
-        self.placement = _placement(model)
+        self.parts, self.identity = _identity(model)
         graph, modules = _trace(model)
         _simplify(graph, modules)
         norms = sum(_norm_of(node, modules) is not None for node in graph.nodes)
-        self.layers, self.folded = _rewrite(graph, modules)
+        self.layers = _rewrite(graph, modules)
+        self.folded = sum(layer.sources[1] is not None for layer in self.layers)
         self.kept = norms - self.folded
         self.graph_module = fx.GraphModule(modules, graph)
 
@@ -151,13 +147,7 @@ class FoldedTwin(nn.Module):
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether modules, parameters, buffers and settings of `model` are still those that the twin was made of."""
-        now = _identity(model)
-        return (
-            not has_hooks(model)
-            and self.placement == _placement(model)
-            and len(now) == len(self.identity)
-            and all(a is b for a, b in zip(now, self.identity, strict=True))
-        )
+        return not has_hooks(model) and self.identity == _identity(model)[1]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -185,10 +175,10 @@ class FoldedTwin(nn.Module):
 def fold(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, backend: str = "aten") -> FoldedTwin:
     """The refreshed twin of `model`, whose eval-mode outputs and input gradients it reproduces on `example` (N, C, H, W).
 
-    dtype: of the convolutions' weights and activations (None: the parameters'; another one is meant for calls under autocast).
+    dtype: of the convolutions' weights and activations (None: the parameters'; another one is for calls under autocast).
     backend: one of CONV_BACKENDS. The model must be in eval mode, as `attacks.modes.attack_mode` puts it. Raises CannotFold where
-    torch.fx cannot trace the model, or what it traced is another function, and leaves the model and the random number
-    generators as they were (this reads back to the host: to be called once, not in a step).
+    torch.fx cannot trace the model, or what it traced is another function (this reads back to the host: to be called once, not
+    in a step). The model's attributes and the random number generators are then as before.
     """
     if has_hooks(model):
         raise CannotFold("it has hooks, which must see every call")
@@ -206,9 +196,8 @@ def fold(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, ba
             raise CannotFold("its forward changes attributes of its own")
         if not twin.layers:
             raise CannotFold("it has no convolution that could be folded")
-        unknown = {layer.sources[0].weight.dtype for layer in twin.layers} - _TOLERANCES.keys()
-        if unknown:
-            raise CannotFold(f"it has convolutions in {unknown.pop()}")
+        if unknown := {layer.sources[0].weight.dtype for layer in twin.layers} - _TOLERANCES.keys():
+            raise CannotFold(f"its convolutions are {unknown.pop()}")
         # The rewriting is checked in the parameters' own precision, where a wrong graph cannot hide behind rounding.
         twin.allocate(None, "aten")
         twin.refresh()
@@ -228,57 +217,39 @@ def has_hooks(model: nn.Module) -> bool:
                for module in model.modules())  # fmt: skip
 
 
-def _identity(model: nn.Module) -> list:
-    """What `refresh` cannot follow when another takes its place: modules, tensors, and settings such as a stride or a factor."""
-    settings = [
-        value for module in model.modules() for name, value in vars(module).items()
-        if name != "training" and isinstance(value, (int, float, str, tuple, Tensor))
-    ]  # fmt: skip
+def _identity(model: nn.Module) -> tuple[list, list]:
+    """What `refresh` cannot follow when another takes its place: modules, tensors, and settings such as a stride; and their ids."""
+    spaces = [vars(module) for module in model.modules()]
+    settings = [value for space in spaces for value in space.values() if isinstance(value, (int, float, str, tuple, Tensor))]
     # Without the model itself: what keeps a twin by its model must not be kept alive by the twin.
-    return [*list(model.modules())[1:], *model.parameters(), *model.buffers(), *settings]
-
-
-def _placement(model: nn.Module) -> list[tuple[torch.device, torch.dtype]]:
-    """`model.to(...)` keeps the parameters and moves what is in them."""
-    return [(parameter.device, parameter.dtype) for parameter in model.parameters()]
+    parts = [*list(model.modules())[1:], *model.parameters(), *model.buffers(), *settings]
+    # `model.to(...)` keeps the parameters and moves what is in them.
+    return parts, [*map(id, parts), *((parameter.device, parameter.dtype) for parameter in model.parameters())]
 
 
 def _attributes(model: nn.Module) -> list[tuple]:
     """Every namespace, list, dict and set in the modules of `model`, with a copy: what a counter or a cache changes."""
     spaces = [vars(module) for module in model.modules()]
-    held = [value for space in spaces for value in space.values() if isinstance(value, (list, dict, set))]
-    return [(value, copy.copy(value)) for value in (*spaces, *held)]
+    containers = (v for space in spaces for v in (space, *space.values()) if isinstance(v, (list, dict, set)))
+    return [(container, copy.copy(container)) for container in containers]
 
 
 def _restore(attributes: list[tuple]) -> bool:
-    """Put back what was taken by `_attributes`; returns whether anything had changed."""
-    changed = [(value, before) for value, before in attributes if _members(value) != _members(before)]
-    for value, before in changed:
-        value.clear()
-        (value.extend if isinstance(value, list) else value.update)(before)
+    """Put back what `_attributes` found; returns whether anything had changed."""
+
+    def members(container) -> list[int]:
+        return sorted(map(id, (*container, *(container.values() if isinstance(container, dict) else ()))))
+
+    changed = [(container, before) for container, before in attributes if members(container) != members(before)]
+    for container, before in changed:
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(before)
     return bool(changed)
 
 
-def _members(value: list | dict | set) -> dict:
-    if isinstance(value, set):
-        return {id(member): None for member in value}
-    return {key: id(member) for key, member in (value.items() if isinstance(value, dict) else enumerate(value))}
-
-
-def _random_state(device: torch.device) -> tuple:
+def _random_state(device: torch.device) -> list[bytes]:
     states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    return random.getstate(), *(state.numpy().tobytes() for state in states)
-
-
-class _Whole(nn.Module):
-    """The model with one argument: further ones keep their defaults, and hooks on the model itself are traced as well."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor):
-        return self.model(images)
+    return [state.numpy().tobytes() for state in states]
 
 
 class _Tracer(fx.Tracer):
@@ -293,34 +264,25 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module]]:
-    whole = _Whole(model)
+def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]]:
+    """The model's graph with its first argument alone as input, and what the graph refers to by name."""
+    whole = nn.Sequential(model)  # so further arguments keep their defaults
     try:
         with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
             graph = _Tracer().trace(whole)
     except Exception as error:  # whatever the model's own Python code raises when it is given a proxy
         raise CannotFold(f"torch.fx cannot trace it: {_first_line(error)}") from error
-    return graph, _modules_of(whole, graph)
+    names = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    return graph, {name: operator.attrgetter(name)(whole) for name in names}
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), repr(error))
 
 
-def _modules_of(whole: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
-    """What the graph refers to by name: modules, parameters and buffers, as GraphModule takes them."""
-    found = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            found[node.target] = whole.get_submodule(node.target)
-        elif node.op == "get_attr":
-            found[node.target] = operator.attrgetter(node.target)(whole)
-    return found
-
-
-def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[FoldedConv], int]:
-    """Put a FoldedConv in the place of every convolution and take in what follows it; returns them and the BatchNorms folded."""
-    layers, folded = [], 0
+def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[FoldedConv]:
+    """Put a FoldedConv in the place of every convolution and take in what follows it; returns them."""
+    layers = []
     for node in list(graph.nodes):
         conv = modules.get(node.target) if node.op == "call_module" else None
         if not _is_plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or len(node.args) != 1:
@@ -330,7 +292,6 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Folde
         norm = None if following is None else _norm_of(following, modules)
         layer = FoldedConv(conv, norm)
         if norm is not None:
-            folded += 1
             chain.append(following)
             following = _following(chain, modules)
         if following is not None and _is_add(following, chain[-1], modules):
@@ -340,19 +301,17 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[list[Folde
         if following is not None and _is_relu(following, modules):
             layer.relu = True
             chain.append(following)
-        last = chain[-1]
-        name = f"folded_{len(layers)}"
-        modules[name] = layer
-        layers.append(layer)
+        modules[f"folded_{len(layers)}"] = layer
         # At the place of the last operation taken in: there the residual is known.
-        with graph.inserting_after(last):
-            fused = graph.call_module(name, (node.args[0],) if residual is None else (node.args[0], residual))
-        last.replace_all_uses_with(fused)
+        with graph.inserting_after(chain[-1]):
+            fused = graph.call_module(f"folded_{len(layers)}", (*node.args, *([] if residual is None else [residual])))
+        layers.append(layer)
+        chain[-1].replace_all_uses_with(fused)
         # Only what was taken in: a general removal of dead code could drop an operation in place whose result nobody names.
         for taken in reversed(chain):
             graph.erase_node(taken)
     graph.lint()
-    return layers, folded
+    return layers
 
 
 def _following(chain: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node | None:
@@ -378,34 +337,25 @@ def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Of this kind, nothing of its forward overridden; parametrised weights are fine, they are read live."""
-    return (
-        isinstance(module, kind)
-        and "forward" not in vars(module)
-        and all(
-            getattr(type(module), name) is getattr(kind, name)
-            for name in ("forward", "_conv_forward", "__call__")
-            if hasattr(kind, name)
-        )
-    )
+    if not isinstance(module, kind) or "forward" in vars(module):
+        return False
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
 
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return _is_plain(modules.get(node.target), nn.ReLU)
-    return (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
-        node.op == "call_method" and node.target in _RELU_METHODS
-    )
+    return node.op in ("call_function", "call_method") and node.target in _RELUS
 
 
 def _is_add(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """A sum of `value` and another value of the graph, without a factor; in place it must write into `value`, not the other."""
-    known = (node.op == "call_function" and node.target in _ADD_FUNCTIONS) or (
-        node.op == "call_method" and node.target in _ADD_METHODS
-    )
-    two = len(node.args) == 2 and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args)
-    if not known or not two or node.args[0] is node.args[1]:
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDS or node.kwargs or len(node.args) != 2:
         return False
-    return node.args[0] is value or not _writes(node, modules)
+    first, second = node.args
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
+        return False
+    return first is value or not _writes(node, modules)
 
 
 def _norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> Norm | None:
@@ -437,13 +387,10 @@ def _simplify(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         elif node.op == "call_module" and _is_plain(modules[node.target], nn.Identity):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
-        elif (
-            node.op == "call_method"
-            and node.target == "view"
-            and not any(_writes(user, modules) for shared in (node, node.args[0]) for user in shared.users)
-        ):
+        elif node.op == "call_method" and node.target == "view":
             # Activations are channels-last here, of which `view` cannot make all shapes.
-            node.target = "reshape"
+            sharing = (*node.users, *node.args[0].users)
+            node.target = "view" if any(_writes(user, modules) for user in sharing) else "reshape"
 
 
 def _scales(norms: list[Norm]) -> list[Tensor]:
@@ -463,12 +410,9 @@ def _verify(model: nn.Module, twin: FoldedTwin, example: Tensor) -> None:
     of_outputs, of_gradient = max(_TOLERANCES[layer.weight.dtype] for layer in twin.layers)
     try:
         theirs, their_gradient = _outputs_and_gradient(model, example)
-    except Exception as error:  # whatever the model raises, it will raise again where it is attacked
-        raise CannotFold(f"it fails itself: {_first_line(error)}") from error
-    try:
         ours, our_gradient = _outputs_and_gradient(twin, example.contiguous(memory_format=torch.channels_last))
-    except Exception as error:
-        raise CannotFold(f"its traced graph fails: {_first_line(error)}") from error
+    except Exception as error:  # whatever the model itself raises, it will raise again where it is attacked
+        raise CannotFold(f"it or its traced graph fails: {_first_line(error)}") from error
     pairs = [*((a, b, of_outputs) for a, b in zip(theirs, ours, strict=True)), (their_gradient, our_gradient, of_gradient)]
     if not all(a.isfinite().all() for a, _, _ in pairs):
         raise CannotFold("its outputs or input gradients are not finite")
