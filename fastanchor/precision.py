@@ -12,18 +12,26 @@ NO_FP16 = (
     "use bf16 or fp32"
 )
 
+_SWITCHES = (
+    torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.matmul,
+    torch.backends.mkldnn.conv,
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 as IEEE has it: no autocast, no TF32 in matrix products and convolutions; the settings are as before afterwards."""
-    cpu = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn, *cpu)
-    before = [switch.fp32_precision for switch in switches]
+    before = fp32_meaning()
     try:
-        for switch in switches:
+        for switch in _SWITCHES:
             switch.fp32_precision = "ieee"
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
+        for switch, value in zip(_SWITCHES, before, strict=True):
             switch.fp32_precision = value
+
+
+def fp32_meaning() -> tuple[str, ...]:
+    """What fp32 arithmetic stands for at present (IEEE, TF32, ...), a value for each kind of operation."""
+    return tuple(switch.fp32_precision for switch in _SWITCHES)

@@ -20,6 +20,7 @@ from fastanchor.data.views import to_float
 from fastanchor.errors import UserError
 from fastanchor.models import build_model
 from fastanchor.models.folded import FoldedTwin
+from fastanchor.precision import full_precision
 
 EPS, STEP = 0.1, 0.025
 OBJECTIVES = ("ce", "cw", "kl")
@@ -205,6 +206,31 @@ def test_replays_are_the_eager_attack_to_the_bit(recorder):
                 net[0].weight.mul_(1.1)
     assert torch.equal(sources_[0].get_state(), sources_[1].get_state())
     assert len(engines[0].engine.graphs._graphs) == 2
+
+
+def test_a_new_generator_each_time_needs_no_new_graph(recorder):
+    """As evaluation does: a generator a call, all from one seed."""
+    net, (images, labels) = small_net(), batch(6)
+    engine, source = attack("graphed"), generator(3)
+    made = [engine(net, images, labels, generator=generator(3)) for _ in range(3)] + [
+        engine(net, images, labels, generator=source)
+    ]
+    assert all(torch.equal(made[0], other) for other in made[1:])
+    expected = generator(3)
+    assert torch.equal(made[0], attack("eager")(net, images, labels, generator=expected))
+    assert torch.equal(source.get_state(), expected.get_state())
+    assert not torch.equal(made[0], engine(net, images, labels, generator=source))
+    assert len(engine.engine.graphs._graphs) == 1
+
+
+def test_a_graph_captured_in_full_precision_serves_full_precision_alone(recorder):
+    """On a GPU it holds other kernels than one captured while fp32 may mean TF32."""
+    net, (images, labels) = small_net(), batch(6)
+    engine = attack("graphed")
+    engine(net, images, labels)
+    with full_precision():
+        engine(net, images, labels)
+    assert len(engine.engine.graphs._graphs) == 2
 
 
 def test_a_graph_is_made_anew_where_something_frozen_changed(recorder):

@@ -136,13 +136,13 @@ class PGD:
         network = self.engine.network(model, images, self.bn, torch.bfloat16 if self.precision == "bf16" else None)
         step = self.engine.step(self.backend)
 
-        def attack(images: Tensor, labels: Tensor) -> Tensor:
+        def attack(images: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
             if isinstance(network, FoldedTwin):
                 network.refresh()
             return self._search(network, images, labels, generator, functools.partial(self._fast_loop, step))
 
         x_adv = self._replay(attack, model, network, images, labels, generator) if self._wants_graph(images) else None
-        return attack(images, labels) if x_adv is None else x_adv
+        return attack(images, labels, generator) if x_adv is None else x_adv
 
     def _wants_graph(self, images: Tensor) -> bool:
         if self.backend == "graphed":

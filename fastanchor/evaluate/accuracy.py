@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastanchor.attacks import PGD
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.views import to_float
 from fastanchor.errors import UserError
@@ -44,12 +45,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def measure(model: nn.Module, data: ResidentSplit, attack: AttackSpec | None = None, *, batch_size: int = 500, seed: int = 0,
-            num_classes: int) -> Score:  # fmt: skip
-    """Accuracy on `data`, clean (attack None) or under a PGD-family attack, whose start noise is drawn from `seed`."""
+            num_classes: int, built: PGD | None = None) -> Score:  # fmt: skip
+    """Accuracy on `data`, clean (attack None) or under a PGD-family attack, whose start noise is drawn from `seed`.
+
+    built: `attack.build()` of an earlier call, which keeps what it prepared for the model.
+    """
     started = time.perf_counter()
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    perturb = attack.build() if attack else None
+    perturb = built or (attack.build() if attack else None)
     verdicts, labels_seen = [], []
     with full_precision(), eval_mode(model):
         for _, images_u8, labels in data.epoch(batch_size, generator=None, drop_last=False):

@@ -1,14 +1,15 @@
 """The folded twin: a network in eval mode as attacks run it, every BatchNorm that follows a convolution folded into its weights.
 
-Bias, residual and ReLU are taken in as well. The twin reads the live parameters at each `refresh`; its input alone takes a
-gradient.
+Bias, residual and ReLU are taken in as well. It reads the live parameters at each `refresh`; its input alone takes a gradient.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,6 @@ class FoldedConv(nn.Module):
         self.relu = False
         self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.backend = "aten"
-        self.weight: Tensor
-        self.bias: Tensor | None
 
     def allocate(self, dtype: torch.dtype | None, backend: str) -> None:
         """Memory for the folded weights; `dtype` (None: the parameters') is also that of the layer's input and output."""
@@ -68,8 +67,7 @@ class FoldedConv(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype)
-        if residual is not None:
-            residual = residual.to(self.weight.dtype)
+        residual = None if residual is None else residual.to(self.weight.dtype)
         if self.backend == "cudnn" and (residual is None or residual.shape == self._output_shape(x)):
             return _FusedConv.apply(x, residual, self)
         out = F.conv2d(x, self.weight, self.bias, *self.geometry)
@@ -81,9 +79,6 @@ class FoldedConv(nn.Module):
     def _output_shape(self, x: Tensor) -> tuple[int, ...]:
         sides = zip(x.shape[2:], self.weight.shape[2:], *self.geometry[:3], strict=True)
         return (len(x), len(self.weight), *((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in sides))
-
-    def extra_repr(self) -> str:
-        return f"norm={self.sources[1] is not None}, relu={self.relu}, backend={self.backend}"
 
 
 class _FusedConv(torch.autograd.Function):
@@ -99,28 +94,22 @@ class _FusedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         layer, (x, out) = ctx.layer, ctx.saved_tensors
-        if layer.relu:
-            gradient = torch.ops.aten.threshold_backward(gradient, out, 0)
-        stride, padding, dilation, groups = layer.geometry
-        to_input = None
-        if ctx.needs_input_grad[0]:
-            to_input, _, _ = torch.ops.aten.convolution_backward(
-                gradient, x, layer.weight, None, stride, padding, dilation, False, (0, 0), groups, (True, False, False)
-            )
+        gradient = torch.ops.aten.threshold_backward(gradient, out, 0) if layer.relu else gradient
+        to_input, _, _ = torch.ops.aten.convolution_backward(
+            gradient, x, layer.weight, None, *layer.geometry[:3], False, (0, 0), layer.geometry[3], (True, False, False)
+        )
         return to_input, gradient if ctx.needs_input_grad[1] else None, None
 
 
 def _run_cudnn(x: Tensor, residual: Tensor | None, layer: FoldedConv) -> Tensor:
-    stride, padding, dilation, groups = layer.geometry
-    if not layer.relu or layer.bias is None:
-        out = torch.ops.aten.convolution(x, layer.weight, layer.bias, stride, padding, dilation, False, (0, 0), groups)
+    weight, bias, geometry = layer.weight, layer.bias, layer.geometry
+    if not layer.relu or bias is None:
+        out = torch.ops.aten.convolution(x, weight, bias, *geometry[:3], False, (0, 0), geometry[3])
         out = out if residual is None else out.add_(residual)
         return out.relu_() if layer.relu else out
     if residual is None:
-        return torch.ops.aten.cudnn_convolution_relu(x, layer.weight, layer.bias, stride, padding, dilation, groups)
-    return torch.ops.aten.cudnn_convolution_add_relu(
-        x, layer.weight, residual, 1.0, layer.bias, stride, padding, dilation, groups
-    )
+        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
 
 class FoldedTwin(nn.Module):
@@ -134,16 +123,16 @@ class FoldedTwin(nn.Module):
         self.parts, self.identity = _identity(model)
         graph, modules = _trace(model)
         _simplify(graph, modules)
-        norms = sum(_norm_of(node, modules) is not None for node in graph.nodes)
         self.layers = _rewrite(graph, modules)
         self.folded = sum(layer.sources[1] is not None for layer in self.layers)
-        self.kept = norms - self.folded
+        self.kept = sum(_norm_of(node, modules) is not None for node in graph.nodes)
         self.graph_module = fx.GraphModule(modules, graph)
 
     def allocate(self, dtype: torch.dtype | None, backend: str) -> None:
-        """Set dtype and backend of all convolutions; a `refresh` must follow."""
+        """Set dtype (None: each convolution's own) and backend of all convolutions, and refresh."""
         for layer in self.layers:
             layer.allocate(dtype, backend)
+        self.refresh()
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether modules, parameters, buffers and settings of `model` are still those that the twin was made of."""
@@ -152,8 +141,7 @@ class FoldedTwin(nn.Module):
     @torch.no_grad()
     def refresh(self) -> None:
         """Fold the parameters and running statistics as they are now, in their own precision, then cast."""
-        normed = [(layer, *layer.sources) for layer in self.layers if layer.sources[1] is not None]
-        scales = dict(zip((layer for layer, _, _ in normed), _scales([norm for _, _, norm in normed]), strict=True))
+        scales = iter(_scales([layer.sources[1] for layer in self.layers if layer.sources[1] is not None]))
         for layer in self.layers:
             conv, norm = layer.sources
             if norm is None:
@@ -161,12 +149,11 @@ class FoldedTwin(nn.Module):
                 if conv.bias is not None:
                     layer.bias.copy_(conv.bias)
                 continue
-            scale = scales[layer]
+            scale = next(scales)
             # Multiplied in the parameters' precision, rounded once, in one pass.
             torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=layer.weight)
             mean = norm.mean if conv.bias is None else norm.mean - conv.bias
-            shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
-            layer.bias.copy_(shift)
+            layer.bias.copy_(-mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1))
 
     def forward(self, images: Tensor):
         return self.graph_module(images)
@@ -176,38 +163,28 @@ def fold(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, ba
     """The refreshed twin of `model`, whose eval-mode outputs and input gradients it reproduces on `example` (N, C, H, W).
 
     dtype: of the convolutions' weights and activations (None: the parameters'; another one is for calls under autocast).
-    backend: one of CONV_BACKENDS. The model must be in eval mode, as `attacks.modes.attack_mode` puts it. Raises CannotFold where
-    torch.fx cannot trace the model, or what it traced is another function (this reads back to the host: to be called once, not
-    in a step). The model's attributes and the random number generators are then as before.
+    backend: one of CONV_BACKENDS. The model must be in eval mode, as `attacks.modes.attack_mode` puts it, and stays as it is.
+    Raises CannotFold where torch.fx cannot trace it, or traced another function (checking that reads back: not for a step).
     """
     if has_hooks(model):
         raise CannotFold("it has hooks, which must see every call")
     if any(module.training for module in model.modules()):
         raise CannotFold("it or a part of it is in train mode")
-    with torch.random.fork_rng([example.device] if example.is_cuda else []):
+    with torch.random.fork_rng([example.device] if example.is_cuda else []), full_precision():
         drawn = _random_state(example.device)
-        attributes = _attributes(model)
-        try:
+        with _attributes_kept(model):
             twin = FoldedTwin(model)
-        finally:
-            # A proxy left behind in a cache would break the model.
-            changed = _restore(attributes)
-        if changed:
-            raise CannotFold("its forward changes attributes of its own")
         if not twin.layers:
             raise CannotFold("it has no convolution that could be folded")
         if unknown := {layer.sources[0].weight.dtype for layer in twin.layers} - _TOLERANCES.keys():
             raise CannotFold(f"its convolutions are {unknown.pop()}")
         # The rewriting is checked in the parameters' own precision, where a wrong graph cannot hide behind rounding.
         twin.allocate(None, "aten")
-        twin.refresh()
-        with full_precision():
-            _verify(model, twin, example)
-        if _random_state(example.device) != drawn:
+        _verify(model, twin, example)
+        if not all(map(torch.equal, _random_state(example.device), drawn)):
             raise CannotFold("its forward draws random numbers")
     if dtype is not None or backend != "aten":
         twin.allocate(dtype, backend)
-        twin.refresh()
     return twin
 
 
@@ -218,7 +195,7 @@ def has_hooks(model: nn.Module) -> bool:
 
 
 def _identity(model: nn.Module) -> tuple[list, list]:
-    """What `refresh` cannot follow when another takes its place: modules, tensors, and settings such as a stride; and their ids."""
+    """What `refresh` cannot follow when another takes its place (modules, tensors, settings such as a stride), and its ids."""
     spaces = [vars(module) for module in model.modules()]
     settings = [value for space in spaces for value in space.values() if isinstance(value, (int, float, str, tuple, Tensor))]
     # Without the model itself: what keeps a twin by its model must not be kept alive by the twin.
@@ -227,29 +204,28 @@ def _identity(model: nn.Module) -> tuple[list, list]:
     return parts, [*map(id, parts), *((parameter.device, parameter.dtype) for parameter in model.parameters())]
 
 
-def _attributes(model: nn.Module) -> list[tuple]:
-    """Every namespace, list, dict and set in the modules of `model`, with a copy: what a counter or a cache changes."""
-    spaces = [vars(module) for module in model.modules()]
-    containers = (v for space in spaces for v in (space, *space.values()) if isinstance(v, (list, dict, set)))
-    return [(container, copy.copy(container)) for container in containers]
-
-
-def _restore(attributes: list[tuple]) -> bool:
-    """Put back what `_attributes` found; returns whether anything had changed."""
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Raise CannotFold where tracing changes a module's attributes or lists, and put them back: a proxy left there breaks it."""
 
     def members(container) -> list[int]:
         return sorted(map(id, (*container, *(container.values() if isinstance(container, dict) else ()))))
 
-    changed = [(container, before) for container, before in attributes if members(container) != members(before)]
-    for container, before in changed:
-        container.clear()
-        (container.extend if isinstance(container, list) else container.update)(before)
-    return bool(changed)
+    spaces = [vars(module) for module in model.modules()]
+    held = [(v, copy.copy(v)) for space in spaces for v in (space, *space.values()) if isinstance(v, (list, dict, set))]
+    try:
+        yield
+    finally:
+        changed = [(now, old) for now, old in held if members(now) != members(old)]
+        for now, old in changed:
+            now.clear()
+            (now.extend if isinstance(now, list) else now.update)(old)
+    if changed:
+        raise CannotFold("its forward changes attributes of its own")
 
 
-def _random_state(device: torch.device) -> list[bytes]:
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    return [state.numpy().tobytes() for state in states]
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 class _Tracer(fx.Tracer):
@@ -271,13 +247,9 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]]:
         with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
             graph = _Tracer().trace(whole)
     except Exception as error:  # whatever the model's own Python code raises when it is given a proxy
-        raise CannotFold(f"torch.fx cannot trace it: {_first_line(error)}") from error
+        raise CannotFold(f"torch.fx cannot trace it: {str(error).strip().partition(chr(10))[0] or repr(error)}") from error
     names = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
     return graph, {name: operator.attrgetter(name)(whole) for name in names}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[FoldedConv]:
@@ -318,11 +290,9 @@ def _following(chain: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node |
     """The only user of the chain's last value, if the chain may run as late as that: nothing before it writes into a tensor."""
     user = next(iter(chain[-1].users)) if len(chain[-1].users) == 1 else None
     node = chain[0].next
-    while user is not None and node is not user:
-        if node not in chain and _writes(node, modules):
-            return None
+    while user is not None and node is not user and (node in chain or not _writes(node, modules)):
         node = node.next
-    return user
+    return user if node is user else None
 
 
 def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -412,11 +382,11 @@ def _verify(model: nn.Module, twin: FoldedTwin, example: Tensor) -> None:
         theirs, their_gradient = _outputs_and_gradient(model, example)
         ours, our_gradient = _outputs_and_gradient(twin, example.contiguous(memory_format=torch.channels_last))
     except Exception as error:  # whatever the model itself raises, it will raise again where it is attacked
-        raise CannotFold(f"it or its traced graph fails: {_first_line(error)}") from error
+        raise CannotFold(f"it or its traced graph fails: {str(error).strip().partition(chr(10))[0] or repr(error)}") from error
     pairs = [*((a, b, of_outputs) for a, b in zip(theirs, ours, strict=True)), (their_gradient, our_gradient, of_gradient)]
     if not all(a.isfinite().all() for a, _, _ in pairs):
         raise CannotFold("its outputs or input gradients are not finite")
-    if any(a.shape != b.shape or a.dtype != b.dtype or not _distance(a, b) <= tolerance for a, b, tolerance in pairs):
+    if any(a.shape != b.shape or a.dtype != b.dtype or not (a - b).norm() <= tolerance * a.norm() for a, b, tolerance in pairs):
         raise CannotFold("what torch.fx traced is another function: something in it depends on more than its input")
 
 
@@ -427,10 +397,4 @@ def _outputs_and_gradient(model: nn.Module, example: Tensor) -> tuple[list[Tenso
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         # Different weights for all outputs: a plain sum would not see two of them exchanged.
         total = sum((out.float() * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum() for out in outputs)
-    (gradient,) = torch.autograd.grad(total, (x,))
-    return [out.detach() for out in outputs], gradient
-
-
-def _distance(expected: Tensor, found: Tensor) -> float:
-    expected, found = expected.double(), found.double()
-    return ((expected - found).norm() / expected.norm().clamp_min(1e-30)).item()
+    return [out.detach() for out in outputs], torch.autograd.grad(total, x)[0]

@@ -6,9 +6,11 @@ same weights, bit for bit on the same CPU build, as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +57,19 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
         run.describe(device)
     else:
         run.create(config, device)
-    with run.locked():
+    with run.locked(), _cudnn_benchmark():
         _run_stages(config, images, run, device, resume, reporter, started)
+
+
+@contextlib.contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN try its algorithms for every shape: a training has a handful of them, and thousands of steps."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _run_stages(
@@ -168,6 +181,7 @@ class _Trainer:
         validation = images.val if config.val.limit is None else images.val.subset(config.val.limit)
         self.val_set = ResidentSplit(validation, device)
         self.val_attack = parse_attack(config.val.attack, default_eps=config.attack.eps)
+        self.val_perturb = self.val_attack.build()
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.model = model_from_config(config, images.num_classes, self.mean, self.std).to(device)
         if config.channels_last:
@@ -247,7 +261,7 @@ class _Trainer:
             options = {"batch_size": self.config.eval.batch_size, "num_classes": len(self.class_names)}
             seed = derive_seed(self.config.seed, "validation")
             clean = measure(judged, self.val_set, **options)
-            robust = measure(judged, self.val_set, self.val_attack, seed=seed, **options)
+            robust = measure(judged, self.val_set, self.val_attack, seed=seed, built=self.val_perturb, **options)
             row |= {"val_clean": clean.accuracy, "val_robust": robust.accuracy}
             row["best"] = stage.best.update(robust.accuracy, clean.accuracy, row["epoch"], stage.step.method.selects)
             row["val_seconds"] = time.perf_counter() - started
