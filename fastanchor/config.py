@@ -50,8 +50,8 @@ class DataConfig:
     """Resize the images of a folder to this many pixels a side."""
     download: bool = False
     """Download a missing archive (needs the extra `vision`)."""
-    augment: Literal["crop_flip", "crop", "none"] = "crop_flip"
-    """Training augmentation: random zero-padded crop, and horizontal flip."""
+    augment: Literal["crop_flip", "crop", "simclr", "none"] = "crop_flip"
+    """Training augmentation: zero-padded crop, with horizontal flip; simclr: resized crop, flip, colour jitter, greyscale."""
     pad: int = 4
     """Padding of the random crop in pixels."""
 

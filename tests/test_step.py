@@ -313,3 +313,25 @@ def test_out_of_memory_reports_a_size_that_was_tried(batch, limit, says):
     text = str(explain_out_of_memory(caught.value, step, images, labels))
     assert text.startswith("batch_size = 12 with 2 views (aug, adv) does not fit in the memory of cpu")
     assert says in text and text.endswith("The original error: CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--attack.bn", "train"], ["--loss.hsc", "0"]])
+def test_compiled_step_is_the_eager_step_and_compiles_once(batch, monkeypatch, flags):
+    """Two graphs, the attack's step and the training forward, however many steps follow."""
+    from torch._dynamo.utils import counters
+
+    images, labels = batch
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    compiled, eager = (make_step(make_config(*flags, *more), make_model()) for more in (["--engine.compile"], []))
+    assert compiled.attack.backend == "compiled"
+    counters.clear()
+    for i in range(3):
+        compiled(images.roll(i, 0), labels, progress=0.5)
+        eager(images.roll(i, 0), labels, progress=0.5)
+        graphs = counters["stats"]["unique_graphs"] if i == 0 else graphs
+        assert counters["stats"]["unique_graphs"] == graphs <= 2
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if "bf16" not in flags else {"rtol": 0.05, "atol": 0.02}
+    for (name, a), b in zip(compiled.model.state_dict().items(), eager.model.state_dict().values(), strict=True):
+        assert torch.allclose(a.float(), b.float(), **tolerance), name

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastanchor.data.simclr import simclr
 from fastanchor.errors import UserError
 
-# "crop" is for digits and letters, where a mirror image is another symbol.
-AUGMENTATIONS = ("crop_flip", "crop", "none")
+# "crop" is for digits and letters, where a mirror image is another symbol; "simclr" for contrastive recipes.
+AUGMENTATIONS = ("crop_flip", "crop", "simclr", "none")
 
 
 def to_float(images_u8: Tensor) -> Tensor:
@@ -64,10 +65,12 @@ def crop_flip(images_u8: Tensor, generator: torch.Generator, *, pad: int = 4, fl
 def augment(images_u8: Tensor, kind: str, generator: torch.Generator, *, pad: int = 4) -> Tensor:
     """One random view of every image: uint8 (B, H, W, C) to fp32 (B, C, H, W) in [0, 1], channels_last.
 
-    kind: one of AUGMENTATIONS; "none" draws nothing. Raises UserError for another.
+    kind: one of AUGMENTATIONS; "none" draws nothing, and "simclr" needs RGB and has no `pad`. Raises UserError.
     """
     if kind not in AUGMENTATIONS:
         raise UserError(f"augmentation is {kind!r} and must be one of {', '.join(AUGMENTATIONS)}")
+    if kind == "simclr":
+        return simclr(images_u8, generator)
     if kind != "none":
         images_u8 = crop_flip(images_u8, generator, pad=pad, flip=kind == "crop_flip")
     return to_float(images_u8)

@@ -196,8 +196,7 @@ def has_hooks(model: nn.Module) -> bool:
 
 def _identity(model: nn.Module) -> tuple[list, list]:
     """What `refresh` cannot follow when another takes its place (modules, tensors, settings such as a stride), and its ids."""
-    spaces = [vars(module) for module in model.modules()]
-    settings = [value for space in spaces for value in space.values() if isinstance(value, (int, float, str, tuple, Tensor))]
+    settings = [v for m in model.modules() for v in vars(m).values() if isinstance(v, (int, float, str, tuple, Tensor))]
     # Without the model itself: what keeps a twin by its model must not be kept alive by the twin.
     parts = [*list(model.modules())[1:], *model.parameters(), *model.buffers(), *settings]
     # `model.to(...)` keeps the parameters and moves what is in them.
@@ -211,8 +210,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
     def members(container) -> list[int]:
         return sorted(map(id, (*container, *(container.values() if isinstance(container, dict) else ()))))
 
-    spaces = [vars(module) for module in model.modules()]
-    held = [(v, copy.copy(v)) for space in spaces for v in (space, *space.values()) if isinstance(v, (list, dict, set))]
+    held = [(v, copy.copy(v)) for m in model.modules() for v in (vars(m), *vars(m).values()) if isinstance(v, (list, dict, set))]
     try:
         yield
     finally:
@@ -232,10 +230,11 @@ class _Tracer(fx.Tracer):
     """Buffers are part of the graph as parameters are: what a forward computes from them is computed anew, not frozen."""
 
     proxy_buffer_attributes = True
+    device = "cpu"
 
     def create_node(self, *args, **kwargs):
         # The graph would not hold under which of these an operation ran.
-        if not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+        if not (torch.is_grad_enabled() and torch.is_autocast_enabled(self.device)):
             raise RuntimeError("its forward switches gradients or autocast")
         return super().create_node(*args, **kwargs)
 
@@ -243,9 +242,11 @@ class _Tracer(fx.Tracer):
 def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]]:
     """The model's graph with its first argument alone as input, and what the graph refers to by name."""
     whole = nn.Sequential(model)  # so further arguments keep their defaults
+    tracer = _Tracer()
+    tracer.device = next(model.parameters(), torch.empty(0)).device.type
     try:
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
-            graph = _Tracer().trace(whole)
+        with torch.enable_grad(), torch.autocast(tracer.device, torch.bfloat16):
+            graph = tracer.trace(whole)
     except Exception as error:  # whatever the model's own Python code raises when it is given a proxy
         raise CannotFold(f"torch.fx cannot trace it: {str(error).strip().partition(chr(10))[0] or repr(error)}") from error
     names = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
@@ -307,15 +308,13 @@ def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Of this kind, nothing of its forward overridden; parametrised weights are fine, they are read live."""
-    if not isinstance(module, kind) or "forward" in vars(module):
-        return False
-    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+    own = all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+    return own and isinstance(module, kind) and "forward" not in vars(module)
 
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return _is_plain(modules.get(node.target), nn.ReLU)
-    return node.op in ("call_function", "call_method") and node.target in _RELUS
+    called = node.op in ("call_function", "call_method") and node.target in _RELUS
+    return called or (node.op == "call_module" and _is_plain(modules[node.target], nn.ReLU))
 
 
 def _is_add(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -336,15 +335,15 @@ def _norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> Norm | None:
         if not _is_plain(norm, nn.BatchNorm2d) or norm.running_mean is None or is_parametrized(norm):
             return None
         return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
-    if node.op != "call_function" or node.target is not F.batch_norm:
+    if node.target is not F.batch_norm:
         return None
-    given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-    given.apply_defaults()
-    tensors = [given.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")]
-    known = all(tensor is None or (isinstance(tensor, fx.Node) and tensor.op == "get_attr") for tensor in tensors)
-    if not known or tensors[0] is None or given.arguments["training"] is not False:
+    call = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    nodes = [call.arguments[name] for name in ("running_mean", "running_var", "weight", "bias")]
+    known = all(given is None or (isinstance(given, fx.Node) and given.op == "get_attr") for given in nodes)
+    if not known or nodes[0] is None or call.arguments["training"] is not False:
         return None
-    return Norm(*(None if tensor is None else modules[tensor.target] for tensor in tensors), given.arguments["eps"])
+    return Norm(*(None if given is None else modules[given.target] for given in nodes), call.arguments["eps"])
 
 
 def _simplify(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -35,7 +35,7 @@ from fastanchor.train.optim import (
     load_optimizer,
     set_learning_rate,
 )
-from fastanchor.train.progress import Reporter
+from fastanchor.train.progress import Reporter, speed_line
 from fastanchor.train.run import RunDir, model_from_config
 from fastanchor.train.step import TrainStep
 from fastanchor.train.throughput import StepCost, Throughput, step_cost
@@ -220,6 +220,8 @@ class _Trainer:
                     self.reporter.say(step.describe())
                 self._validate_and_save(stage, row, last=epoch == epochs)
                 self.reporter.end_epoch(row, epochs)
+                if epoch == epochs:
+                    self.reporter.say(speed_line(row))
         finally:
             self.reporter.end_stage()
         if number == 2:

@@ -89,3 +89,12 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
         parts.append(f"val clean {row['val_clean']:.1f} / robust {row['val_robust']:.1f} %{best}")
     parts.append(f"{row['seconds']:.1f} s")
     return "  ".join(parts)
+
+
+def speed_line(row: dict[str, Any]) -> str:
+    """What the last epoch of a stage says of its speed."""
+    return (
+        f"speed: {row['seconds']:.3g} s an epoch, {row['images_per_s']:,.0f} images/s, {row['tflops']:.3g} model TFLOP/s, "
+        f"{100 * row['share_of_bf16_matmul']:.0f} % of this device's measured bf16 matmul rate; peak memory "
+        f"{row['peak_memory_mb']:,.0f} MB"
+    )
