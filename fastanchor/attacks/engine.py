@@ -60,9 +60,7 @@ class Engine:
         if backend != "compiled":
             return ascend_once
         if self._compiled is None:
-            # A code object of its own: dynamo counts recompilations by code object, and one attack's must not use up another's.
-            own = types.FunctionType(ascend_once.__code__.replace(), globals(), "ascend_once")
-            self._compiled = torch.compile(own, fullgraph=True, dynamic=False)
+            self._compiled = torch.compile(own_code(ascend_once), fullgraph=True, dynamic=False)
         return self._compile_guard
 
     def _compile_guard(self, *arguments):
@@ -73,6 +71,16 @@ class Engine:
         except torch._dynamo.exc.TorchDynamoException as error:
             cause = str(error).strip().splitlines()[0]
             raise UserError(f"attack.backend = compiled: torch.compile cannot compile this attack: {cause}; use eager") from error
+
+
+def own_code(function: Callable) -> Callable:
+    """The function with a code object of its own, to be compiled.
+
+    Dynamo counts recompilations by code object and gives up after eight: one attack's or training's must not use up another's.
+    """
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 def ascend_once(

@@ -5,6 +5,7 @@ A new method is one short file with a subclass; the training loop, attacks, data
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +57,10 @@ class Method:
         """Logits, and embeddings or None, of the views stacked along the batch."""
         return model(inputs, embed=True) if self.embeds else (model(inputs), None)
 
-    def outputs(self, model: nn.Module, views: dict[str, Tensor]) -> Outputs:
-        """One forward over all views as one batch: BatchNorm sees their mixed statistics."""
-        logits, embeddings = self.forward(
-            model, torch.cat(list(views.values())) if len(views) > 1 else next(iter(views.values()))
-        )
+    def outputs(self, model: nn.Module, views: dict[str, Tensor], forward: Callable | None = None) -> Outputs:
+        """One forward over all views as one batch: BatchNorm sees their mixed statistics. forward: `self.forward`, compiled."""
+        stacked = torch.cat(list(views.values())) if len(views) > 1 else next(iter(views.values()))
+        logits, embeddings = (forward or self.forward)(model, stacked)
         batch = len(logits) // len(views)
         embedded = {} if embeddings is None else dict(zip(views, embeddings.float().split(batch), strict=True))
         return Outputs(dict(zip(views, logits.float().split(batch), strict=True)), embedded)

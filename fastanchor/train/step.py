@@ -11,11 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fastanchor import graphs
+from fastanchor.attacks.engine import own_code
 from fastanchor.config import Config
 from fastanchor.data import views as augmentation
 from fastanchor.errors import UserError
 from fastanchor.methods import Method
 from fastanchor.train.optim import WeightAverage, capturable, state_tensors
+
+
+def _compiled(method: Method) -> Callable:
+    """The method's training forward through torch.compile."""
+
+    def forward(model: nn.Module, inputs: Tensor):
+        return method.forward(model, inputs)
+
+    return torch.compile(own_code(forward), dynamic=False)
 
 
 class NonFinite(UserError):
@@ -49,7 +59,7 @@ class TrainStep:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_terms: Tensor | None = None
         self.term_names: list[str] = []
-        self.network = torch.compile(model, dynamic=False) if config.engine.compile else model
+        self.forward = _compiled(method) if config.engine.compile else method.forward
         self.attack, self.attacked = method.attack(self.progress), method.attacked(model)
         self.notes: dict[str, str] = {}
         self._graphs = graphs.Cache()
@@ -141,7 +151,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         views = self.make_views(images_u8, labels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            out = self.method.outputs(self.network, views)
+            out = self.method.outputs(self.model, views, self.forward)
         terms = self.method.loss(out, labels, self.progress)
         total = torch.stack(list(terms.values())).sum()
         total.backward()
