@@ -196,7 +196,7 @@ def test_augment_kinds():
     kept = images.clone()
     generator = seeded(0)
     state = generator.get_state()
-    assert AUGMENTATIONS == ("crop_flip", "crop", "none")
+    assert AUGMENTATIONS == ("crop_flip", "crop", "simclr", "none")
     assert torch.equal(augment(images, "none", generator), to_float(images))
     assert torch.equal(generator.get_state(), state)
     for kind, flip in (("crop_flip", True), ("crop", False)):
@@ -208,5 +208,5 @@ def test_augment_kinds():
     assert torch.equal(augment(images, "crop", generator, pad=0), to_float(images))
     mirrored = (augment(images, "crop_flip", generator, pad=0) != to_float(images)).flatten(1).any(1)
     assert 100 < mirrored.sum() < 200
-    with pytest.raises(UserError, match=r"^augmentation is 'mixup' and must be one of crop_flip, crop, none$"):
+    with pytest.raises(UserError, match=r"^augmentation is 'mixup' and must be one of crop_flip, crop, simclr, none$"):
         augment(images, "mixup", generator)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from foreign_models import import_or_skip
 
 from fastanchor.config import OptimConfig
 from fastanchor.train.layerwise import LAMB, LARS, layer_groups
@@ -138,10 +139,7 @@ def test_parameters_without_a_gradient_stay(make):
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 def test_agrees_with_timm(name):
     """Whose LARS adds 1e-8 to the denominator, and whose LAMB would clip the gradient."""
-    try:
-        import timm.optim as timm
-    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises the latter
-        pytest.skip(f"timm cannot be imported: {error}")
+    timm = import_or_skip("timm").optim
     ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
     gradients = [make_gradients(i) for i in range(4)]
     groups = [{"params": theirs[:2], "weight_decay": 0.01}, {"params": theirs[2:], "weight_decay": 0.0}]
