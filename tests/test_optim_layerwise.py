@@ -139,7 +139,9 @@ def test_parameters_without_a_gradient_stay(make):
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 def test_agrees_with_timm(name):
     """Whose LARS adds 1e-8 to the denominator, and whose LAMB would clip the gradient."""
-    timm = import_or_skip("timm").optim
+    import_or_skip("timm")
+    from timm import optim as timm
+
     ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
     gradients = [make_gradients(i) for i in range(4)]
     groups = [{"params": theirs[:2], "weight_decay": 0.01}, {"params": theirs[2:], "weight_decay": 0.0}]

@@ -23,7 +23,7 @@ from fastanchor.precision import full_precision
 CONV_BACKENDS = ("aten", "cudnn")
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_ADDS = (operator.add, torch.add, "add", "add_")  # torch.fx makes x += y an operator.add
 # How far a twin's outputs and input gradients may be from its model's: rounding through a deep net (in a gradient also ReLUs
 # that it switches), far below what a wrongly rewritten graph shows.
 _TOLERANCES = {torch.float64: (1e-6, 1e-3), torch.float32: (1e-3, 0.2), torch.bfloat16: (5e-2, 0.5)}
@@ -150,8 +150,8 @@ class FoldedTwin(nn.Module):
                     layer.bias.copy_(conv.bias)
                 continue
             scale = next(scales)
-            # Multiplied in the parameters' precision, rounded once, in one pass.
-            torch.mul(conv.weight, scale.view(-1, 1, 1, 1), out=layer.weight)
+            # Multiplied in the parameters' precision and rounded once. Not by out=, which on a CPU casts six times as slowly.
+            layer.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
             mean = norm.mean if conv.bias is None else norm.mean - conv.bias
             layer.bias.copy_(-mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1))
 
@@ -297,13 +297,12 @@ def _following(chain: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node |
 
 
 def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the operation may work in place: x.add_(1), x += 1, x[0] = 1, F.relu(x, inplace=True), nn.ReLU(inplace=True)."""
+    """Whether the operation may work in place: x.add_(1), F.relu(x, inplace=True), nn.ReLU(inplace=True)."""
     if node.op == "call_module":
         return getattr(modules[node.target], "inplace", False)
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith(("i", "set"))
-    flagged = any(value is True for value in (*node.args[1:], *node.kwargs.values())) or "out" in node.kwargs
-    return name.endswith("_") or in_operator or flagged
+    flagged = any(value is True for value in (*node.args[1:], node.kwargs.get("inplace"))) or "out" in node.kwargs
+    return name.endswith("_") or flagged
 
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
