@@ -48,7 +48,7 @@ setup(
     package_dir={"fastanchor.kernels": "kernels"},
     package_data={"fastanchor": ["recipes/*.yaml", "recipes/plans/*.yaml"]},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.11",
         "numpy>=1.26",
         "pyyaml>=6,<7",
         "tyro>=1.0,<2",

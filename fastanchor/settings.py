@@ -205,6 +205,8 @@ def _flatten(values: dict[str, Any], where: str, prefix: str = "") -> list[str]:
                 raise UserError(f"{where}: {key} = {value}: must be true or false")
             head, _, tail = flag[2:].rpartition(".")
             flags.append(flag if value else "--" + (f"{head}." if head else "") + f"no-{tail}")
+        elif isinstance(value, bool) and "on" in get_args(known.get(key)):
+            flags.append(f"{flag}={'on' if value else 'off'}")  # what YAML makes of on and off
         elif isinstance(value, (list, tuple)):
             flags += [flag, *map(str, value)]
         else:

@@ -384,3 +384,70 @@ def test_twin_is_what_the_steps_run_on():
     engine(net, images, labels)
     twin = engine.engine.network(net, images, "eval", None)
     assert isinstance(twin, FoldedTwin) and twin.folded == 2 and twin.kept == 0
+
+
+# -- what may change between two calls -------------------------------------------------------------------------------------------
+
+
+class Configured(nn.Module):
+    """A network whose forward reads plain Python settings."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.settings, self.scales = small_net(), {"scale": 1.0}, [1.0]
+
+    def forward(self, images):
+        return self.settings["scale"] * self.scales[0] * self.inner(images)
+
+
+@pytest.mark.parametrize("backend, bn", [("eager", "eval"), ("graphed", "eval"), ("graphed", "train_frozen")])
+@pytest.mark.parametrize("change", ["dict", "list", "forward of the model", "forward of a layer", "stride", "hook"])
+def test_changed_settings_are_seen(recorder, backend, bn, change):
+    """A twin or a graph that went on as before would be attacked in place of the model, which passes for robustness."""
+    net, (images, labels) = Configured().eval(), batch(6)
+    start = start_of(images)
+    engine = attack(backend, bn=bn, start=start)
+    engine(net, images, labels)
+    if change == "dict":
+        net.settings["scale"] = -1.0
+    elif change == "list":
+        net.scales[0] = -1.0
+    elif change == "forward of the model":
+        net.forward = lambda images: -net.inner(images)
+    elif change == "forward of a layer":
+        net.inner[2].forward = lambda x: torch.sin(3 * x)
+    elif change == "stride":
+        net.inner[0].stride, net.inner[3].stride = (2, 2), (1, 1)
+    else:
+        net.inner.register_forward_hook(lambda module, args, out: -out)
+    expected = attack("reference", bn=bn, start=start)(net, images, labels)
+    if change == "hook" and backend == "graphed":
+        with pytest.raises(UserError, match="^attack.backend = graphed: the model has hooks"):
+            engine(net, images, labels)
+    else:
+        assert_same_images(engine(net, images, labels), expected, STEP, share=2e-3)
+
+
+def test_a_failed_capture_inside_autocast_does_not_stick(recorder):
+    net, (images, labels) = small_net(), batch(4)
+    engine = attack("graphed", start="zero")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="inside torch.autocast"):
+        engine(net, images, labels)
+    assert torch.equal(engine(net, images, labels), attack("eager", start="zero")(net, images, labels))
+
+
+def test_a_model_is_looked_at_again_once_its_hooks_are_gone():
+    net, (images, labels) = small_net(), batch(4)
+    engine = attack("eager")
+    hook = net[0].register_forward_hook(lambda *_: None)
+    engine(net, images, labels)
+    assert engine.engine.notes["folded"].startswith("no: it has hooks")
+    hook.remove()
+    engine(net, images, labels)
+    assert engine.engine.notes["folded"].startswith("yes")
+
+
+def test_every_shape_is_compiled_however_many(traced_only):
+    net, engine = small_net(), PGD(EPS, STEP, 1, backend="compiled")
+    for n in range(1, 12):
+        assert engine(net, *batch(n)).shape[0] == n

@@ -424,3 +424,10 @@ def test_good_settings_pass():
     check_config(Config())
     check_config(parse("--method", "standard", "--loss.ce-adv", "0", "--loss.hsc", "0"))
     check_config(parse("--loss.hsc", "0", "--attack.objective", "ce"))
+
+
+def test_on_and_off_of_yaml_are_texts(tmp_path):
+    """YAML reads them as truth values."""
+    for text, value in (("off", "off"), ("on", "on"), ("auto", "auto")):
+        (tmp_path / "recipe.yaml").write_text(f"engine: {{graph: {text}}}\n")
+        assert load_file(tmp_path / "recipe.yaml").engine.graph == value

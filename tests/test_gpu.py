@@ -76,6 +76,7 @@ def test_the_step_never_waits_for_the_device(model, images, flags):
     step = TrainStep(config, method, model, build_optimizer(method.trainable(model), config.optim), None, device)
     x, y = images.train.images[:64].to(device), images.train.labels[:64].to(device)
     step(x, y, progress=0.0)
+    assert step.graphed == ("off" not in flags), step.describe()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(x, y, progress=0.5)

@@ -76,6 +76,7 @@ def assert_same(ours, theirs):
         ["--optim.name", "lamb", "--loss.weight", "topk"],
         ["--loss.views", "clean+aug+adv", "--loss.label-smoothing", "0.1"],
         ["--method", "standard"],
+        ["--data.augment", "simclr", "--optim.nesterov"],
     ],
 )
 def test_replayed_steps_are_the_plain_steps_to_the_bit(flags):

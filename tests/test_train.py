@@ -431,3 +431,10 @@ def test_interrupting_loses_nothing(tmp_path):
     assert errors.strip() == f"fastanchor: interrupted; nothing is lost: fastanchor train --resume {tmp_path / 'run'}"
     state, note = checkpoint.load_latest(tmp_path / "run" / "checkpoints")
     assert state["epoch"] >= 2 and note is None
+
+
+@pytest.mark.parametrize("flags", [["--engine.graph", "on"], ["--attack.backend", "graphed"], ["--optim.backend", "apex"]])
+def test_what_the_device_cannot_do_is_said_before_the_folder_exists(images, tmp_path, flags):
+    with pytest.raises(UserError, match=f"^{flags[0][2:]} = {flags[1]}: needs a CUDA device, this is cpu$"):
+        train(config_of(*flags, "--device", "cpu"), images, RunDir(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

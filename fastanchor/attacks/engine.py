@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from fastanchor.attacks.graphed import GraphedAttacks
 from fastanchor.errors import UserError
-from fastanchor.models.folded import CannotFold, FoldedTwin, fold
+from fastanchor.models.folded import CannotFold, FoldedTwin, fingerprint, fold
 from fastanchor.reference import attacks as reference
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "graphed")
@@ -30,7 +31,7 @@ class Engine:
         self.notes: dict[str, str] = {}
         self.graphs = GraphedAttacks()
         self._twins: weakref.WeakKeyDictionary[nn.Module, FoldedTwin | CannotFold] = weakref.WeakKeyDictionary()
-        self._compiled: Callable | None = None
+        self._compiled: dict[tuple, Callable] = {}
 
     def __reduce__(self):
         # A copied or pickled attack starts with an empty one: none of it is part of what the attack is.
@@ -42,14 +43,15 @@ class Engine:
             self.notes["folded"] = f"no: with bn={bn} BatchNorm takes the batch's statistics, which cannot be folded"
             return model
         twin = self._twins.get(model)
-        if twin is None or (isinstance(twin, FoldedTwin) and not twin.is_of(model)):
+        known = twin is not None and (twin.is_of(model) if isinstance(twin, FoldedTwin) else twin.args[1] == fingerprint(model))
+        if not known:
             try:
                 twin = fold(model, images[:2], dtype)
             except CannotFold as reason:
-                twin = CannotFold(str(reason))
+                twin = CannotFold(str(reason), fingerprint(model))
             self._twins[model] = twin
         if isinstance(twin, CannotFold):
-            self.notes["folded"] = f"no: {twin}"
+            self.notes["folded"] = f"no: {twin.args[0]}"
             return model
         kept = f", {twin.kept} kept" if twin.kept else ""
         self.notes["folded"] = f"yes: {twin.folded} BatchNorms in {len(twin.layers)} convolutions{kept}"
@@ -57,20 +59,28 @@ class Engine:
 
     def step(self, backend: str) -> Callable:
         """`ascend_once`, compiled where asked for."""
-        if backend != "compiled":
-            return ascend_once
-        if self._compiled is None:
-            self._compiled = torch.compile(own_code(ascend_once), fullgraph=True, dynamic=False)
-        return self._compile_guard
+        return self._compiled_step if backend == "compiled" else ascend_once
 
-    def _compile_guard(self, *arguments):
-        try:
-            # autograd.grad inside a compiled function is off by default (pytorch #133230).
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
-                return self._compiled(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            cause = str(error).strip().splitlines()[0]
-            raise UserError(f"attack.backend = compiled: torch.compile cannot compile this attack: {cause}; use eager") from error
+    def _compiled_step(self, network: nn.Module, objective: Callable, clean: tuple, x_adv: Tensor, *arguments) -> Tensor:
+        """`ascend_once` compiled, anew for every network and shape: of one function dynamo tolerates few recompilations."""
+        key = (id(network), x_adv.shape, x_adv.stride())
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(own_code(ascend_once), fullgraph=True, dynamic=False)
+        # autograd.grad inside a compiled function is off by default (pytorch #133230).
+        with compiling("attack.backend = compiled", "attack"), torch._dynamo.config.patch(trace_autograd_ops=True):
+            return self._compiled[key](network, objective, clean, x_adv, *arguments)
+
+
+@contextlib.contextmanager
+def compiling(setting: str, what: str) -> Iterator[None]:
+    """Say in one sentence where torch.compile fails: on the model's own code, or for want of a compiler."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"{setting}: torch.compile cannot compile this {what}: {cause}; use eager") from error
 
 
 def own_code(function: Callable) -> Callable:

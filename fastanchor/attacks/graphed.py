@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fastanchor import graphs
+from fastanchor.models.folded import fingerprint, has_hooks
 from fastanchor.precision import fp32_meaning
 
 
 class GraphedAttacks:
     """The captured graphs of one attack, one for every model, shape and setting that it met.
 
-    A key holds all that a graph has frozen: shapes, strides, addresses of parameters and buffers, the attack's numbers, what fp32
-    means. What is not in the cache is captured anew, so a changed batch size or eps never meets another one's graph.
+    A key holds what a graph has frozen: shapes, strides, addresses of parameters and buffers, the model's settings, the attack's
+    numbers, what fp32 means. What is not in the cache is captured anew: a changed batch size or eps never meets another's graph.
+    What a callable objective holds besides is its caller's business: `auto` captures none, "graphed" takes it as constant.
     """
 
     def __init__(self) -> None:
@@ -32,16 +34,22 @@ class GraphedAttacks:
         settings: everything hashable that `function` depends on. generator: where its random numbers come from. Buffers
         that the attack moves (bn="train") are as after one run, although capturing runs the function several times.
         """
+        if has_hooks(model):
+            return None, "the model has hooks, which must see every call"
+        if torch.is_autocast_enabled(images.device.type) and torch.is_autocast_cache_enabled():
+            return None, "inside torch.autocast, whose cast weights a graph would keep"
         tensors = [*model.parameters(), *model.buffers()]
         key = (
             settings, id(network), generator is None, tuple(images.shape), images.stride(), images.device,
-            graphs.pointers(tensors), tuple(module.training for module in model.modules()), fp32_meaning(),
+            graphs.pointers(tensors), fingerprint(model), fp32_meaning(),
         )  # fmt: skip
         if key in self._failed:
             return None, self._failed[key]
 
         # A graph draws from one generator for ever, callers often bring a new one: the graph's own takes on its state.
-        own = None if generator is None else self._generators.setdefault(images.device, torch.Generator(images.device))
+        if generator is not None and images.device not in self._generators:
+            self._generators[images.device] = torch.Generator(images.device)
+        own = None if generator is None else self._generators[images.device]
 
         def build() -> graphs.Captured:
             return graphs.Captured(
@@ -52,7 +60,8 @@ class GraphedAttacks:
         try:
             captured = self._graphs.get(key, build)
         except graphs.CaptureFailed as error:
-            self._failed[key] = str(error)
+            if "OutOfMemory" not in str(error):  # which may pass
+                self._failed[key] = str(error)
             return None, str(error)
         if own is not None:
             own.set_state(generator.get_state())
@@ -60,4 +69,4 @@ class GraphedAttacks:
         x_adv = captured(images, labels).clone()
         if own is not None:
             generator.set_state(own.get_state())
-        return x_adv, "yes: the whole attack is one CUDA graph"
+        return x_adv, "the whole attack is one CUDA graph"

@@ -148,16 +148,22 @@ class PGD:
         if self.backend == "graphed":
             return True
         # Inside a capture, that of a whole training iteration say, the attack becomes a part of it.
-        return self.backend == "auto" and images.is_cuda and not torch.cuda.is_current_stream_capturing()
+        named = self.objective in objectives.OBJECTIVES.values()
+        return self.backend == "auto" and named and images.is_cuda and not torch.cuda.is_current_stream_capturing()
 
     def _replay(self, attack: Callable, model, network, images: Tensor, labels: Tensor, generator) -> Tensor | None:
-        start = (self.start.data_ptr(), self.start.shape, self.start.stride()) if isinstance(self.start, Tensor) else self.start
+        start = (
+            (self.start.data_ptr(), self.start.dtype, self.start.shape, self.start.stride())
+            if isinstance(self.start, Tensor)
+            else self.start
+        )
         settings = (
-            self.eps, self.step_size, self.steps, self.restarts, self.objective, self.bn, start, self.norm, self.precision,
+            self.eps, self.step_size, self.steps, self.restarts, id(self.objective), self.bn, start, self.norm, self.precision,
         )  # fmt: skip
-        x_adv, self.engine.notes["graphed"] = self.engine.graphs.run(settings, attack, model, network, images, labels, generator)
+        x_adv, note = self.engine.graphs.run(settings, attack, model, network, images, labels, generator)
+        self.engine.notes["graphed"] = f"{'no' if x_adv is None else 'yes'}: {note}"
         if x_adv is None and self.backend == "graphed":
-            raise UserError(f"attack.backend = graphed: {self.engine.notes['graphed']}")
+            raise UserError(f"attack.backend = graphed: {note}")
         return x_adv
 
     def _search(self, network: nn.Module, images: Tensor, labels: Tensor, generator, loop: Callable) -> Tensor:

@@ -120,7 +120,7 @@ class FoldedTwin(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.parts, self.identity = _identity(model)
+        self.parts, self.identity = list(_parts(model)), fingerprint(model)
         graph, modules = _trace(model)
         _simplify(graph, modules)
         self.layers = _rewrite(graph, modules)
@@ -136,7 +136,7 @@ class FoldedTwin(nn.Module):
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether modules, parameters, buffers and settings of `model` are still those that the twin was made of."""
-        return not has_hooks(model) and self.identity == _identity(model)[1]
+        return not has_hooks(model) and self.identity == fingerprint(model)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -194,13 +194,32 @@ def has_hooks(model: nn.Module) -> bool:
                for module in model.modules())  # fmt: skip
 
 
-def _identity(model: nn.Module) -> tuple[list, list]:
-    """What `refresh` cannot follow when another takes its place (modules, tensors, settings such as a stride), and its ids."""
-    settings = [v for m in model.modules() for v in vars(m).values() if isinstance(v, (int, float, str, tuple, Tensor))]
-    # Without the model itself: what keeps a twin by its model must not be kept alive by the twin.
-    parts = [*list(model.modules())[1:], *model.parameters(), *model.buffers(), *settings]
-    # `model.to(...)` keeps the parameters and moves what is in them.
-    return parts, [*map(id, parts), *((parameter.device, parameter.dtype) for parameter in model.parameters())]
+def _parts(model: nn.Module) -> Iterator[object]:
+    """What a fingerprint knows by its id, to be kept so that no id is used again; without the model itself, which stays free."""
+    for module in model.modules():
+        if module is not model:
+            yield module
+        yield from (v for v in vars(module).values() if not isinstance(v, nn.Module) and not hasattr(v, "__self__"))
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """All that a forward of the model may depend on besides the values in its tensors: modules, tensors, settings, hooks."""
+    return tuple((type(module), _content(vars(module))) for module in model.modules())
+
+
+def _content(value: object, depth: int = 4) -> object:
+    """Settings by value, through containers; tensors by identity and by where `model.to(...)` put them; others by identity."""
+    if isinstance(value, Tensor):
+        return id(value), value.device, value.dtype
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if depth and isinstance(value, dict):
+        return tuple((id(key) if isinstance(key, Tensor) else key, _content(item, depth - 1)) for key, item in value.items())
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(_content(item, depth - 1) for item in value)
+    return (id(value), len(value)) if isinstance(value, (dict, list, tuple, set)) else id(value)
 
 
 @contextlib.contextmanager

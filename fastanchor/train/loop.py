@@ -26,6 +26,7 @@ from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.methods import build_method
 from fastanchor.settings import from_dict, to_dict
 from fastanchor.train import checkpoint
+from fastanchor.train.apex import find_apex
 from fastanchor.train.memory import explain_out_of_memory
 from fastanchor.train.optim import (
     WeightAverage,
@@ -53,6 +54,7 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
     check_config(config)
     reporter = reporter or Reporter()
     device = environment.pick_device(config.device)
+    check_device(config, device)
     if resume:
         run.describe(device)
     else:
@@ -121,6 +123,19 @@ def check_config(config: Config) -> None:
         raise UserError("val.attack = autoattack: too slow for every epoch; use pgdN or cwN")
     for text in config.eval.attacks:
         parse_attack(text, default_eps=config.attack.eps)
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Settings that this device cannot follow, said before a run's folder exists. Raises UserError."""
+    for name, value, wanted in (
+        ("engine.graph", config.engine.graph, "on"),
+        ("attack.backend", config.attack.backend, "graphed"),
+        ("optim.backend", config.optim.backend, "apex"),
+    ):
+        if value == wanted and device.type != "cuda":
+            raise UserError(f"{name} = {value}: needs a CUDA device, this is {device}")
+    if config.optim.backend == "apex" and not (found := find_apex())[0]:
+        raise UserError(f"optim.backend = apex: {found[1]}")
 
 
 def derive_seed(seed: int, *purpose: object) -> int:

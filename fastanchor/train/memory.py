@@ -18,7 +18,7 @@ def explain_out_of_memory(error: torch.OutOfMemoryError, step: TrainStep, *batch
     """
     # The frames of the failed step still hold its activations; the trials need that memory.
     traceback.clear_frames(error.__traceback__)
-    step.without_graph()
+    step.without_graph("out of memory")
     given, views = len(batch[0]), len(step.method.views)
     fits = None
     size = given // 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastanchor import graphs
-from fastanchor.attacks.engine import own_code
+from fastanchor.attacks.engine import compiling, own_code
 from fastanchor.config import Config
 from fastanchor.data import views as augmentation
 from fastanchor.errors import UserError
@@ -25,7 +25,13 @@ def _compiled(method: Method) -> Callable:
     def forward(model: nn.Module, inputs: Tensor):
         return method.forward(model, inputs)
 
-    return torch.compile(own_code(forward), dynamic=False)
+    compiled = torch.compile(own_code(forward), dynamic=False)
+
+    def run(model: nn.Module, inputs: Tensor):
+        with compiling("engine.compile", "training forward"):
+            return compiled(model, inputs)
+
+    return run
 
 
 class NonFinite(UserError):
@@ -64,6 +70,9 @@ class TrainStep:
         self.notes: dict[str, str] = {}
         self._graphs = graphs.Cache()
         self.graphed, self.notes["graphed"] = self._decide_graph()
+        if config.engine.compile:
+            self.notes["compiled"] = "yes: the attack's step and the training forward"
+        self._asked_backend = None if self.attack is None else self.attack.backend
         if self.attack is not None and self.attack.backend in ("auto", "graphed") and (self.graphed or config.engine.compile):
             # The attack becomes a part of the step's own graph.
             self.attack.backend = "compiled" if config.engine.compile else "eager"
@@ -114,12 +123,15 @@ class TrainStep:
 
     def describe(self) -> str:
         """How the step is run, in one line."""
-        names = {"folded": "attack on the BN-folded twin", "graphed": "CUDA graph"}
+        names = {"folded": "attack on the BN-folded twin", "compiled": "torch.compile", "graphed": "CUDA graph"}
         return "; ".join(f"{names[key]}: {note}" for key, note in sorted(self.notes.items()))
 
-    def without_graph(self) -> None:
-        """Run eagerly from now on, and give the graphs' memory back."""
+    def without_graph(self, reason: str) -> None:
+        """Run without a graph of the whole step from now on, and give the graphs' memory back."""
         self.graphed, self._graphs = False, graphs.Cache()
+        self.notes["graphed"] = f"no: {reason}"
+        if self.attack is not None and not self.config.engine.compile:
+            self.attack.backend = self._asked_backend  # on a GPU the attack may still be a graph of its own
 
     def _captured(self, batch: tuple[Tensor, ...]) -> graphs.Captured | None:
         def build() -> graphs.Captured:
@@ -133,8 +145,7 @@ class TrainStep:
         except graphs.CaptureFailed as error:
             if self.config.engine.graph == "on":
                 raise UserError(f"engine.graph = on: {error}") from error
-            self.without_graph()
-            self.notes["graphed"] = f"no: {error}"
+            self.without_graph(str(error))
             return None
 
     def _state(self) -> list[Tensor]:
