@@ -80,6 +80,10 @@ def functional_norm(net, x):
     return F.relu(F.batch_norm(net.c(x), net.b.running_mean, net.b.running_var, net.b.weight, net.b.bias, False, 0.1, net.b.eps))
 
 
+def norm_on_the_batch(net, x):
+    return F.batch_norm(net.c(x), net.b.running_mean, net.b.running_var, training=True)
+
+
 def input_written(net, x):
     out = net.c(x)
     x.mul_(2)
@@ -188,6 +192,7 @@ PATTERNS = {
     "no affine": (usual, with_norm(lambda: norm(affine=False)), 1, 1, 0, 1, 0),
     "no statistics": (usual, with_norm(lambda: norm(track_running_stats=False)), 1, 0, 0, 0, 0),
     "functional norm": (functional_norm, one(bias=True), 1, 1, 0, 1, 0),
+    "norm on the batch": (norm_on_the_batch, one(), 1, 0, 0, 0, 0),
     "norm first": (lambda net, x: net.c(F.relu(net.b(x))), one(), 1, 0, 1, 0, 0),
     "two norms": (lambda net, x: net.b(net.b(net.c(x))), one(), 1, 1, 1, 0, 0),
     "shared": (lambda net, x: net.b(net.c(F.relu(net.b(net.c(x))))), one(), 2, 2, 0, 1, 0),
@@ -332,6 +337,12 @@ def write_a_row(net, images):
     return images
 
 
+def write_into_a_view(net, x):
+    out = net.b(net.c(x))
+    out.view(out.size(0), -1).mul_(2)
+    return out
+
+
 def add_into_a_shared_name(net, images):
     images = images * 1
     saved = images
@@ -413,5 +424,6 @@ REFUSED = {
         lambda: Around(lambda net, x: x + x.view_as(x.flatten(1)).mean()),
         "its traced graph fails: view size is not compatible",
     ),
+    "written view": (lambda: Plain(write_into_a_view, one()), "its traced graph fails: view size is not compatible"),
     "a size as summand": (lambda: Plain(lambda net, x: net.b(net.c(x)) + x.size(1), one()), "fails: "),
 }

@@ -347,7 +347,7 @@ REPLACEMENTS = {
     "buffer": lambda net: setattr(net.backbone.bn1, "running_mean", net.backbone.bn1.running_mean.clone()),
     "float": lambda net: net.float(), "bfloat16": lambda net: net.to(torch.bfloat16),
     "data": lambda net: [setattr(parameter, "data", parameter.data.float()) for parameter in net.parameters()],
-    "activation": lambda net: setattr(net, "act", nn.Tanh()),
+    "activation": lambda net: setattr(net, "act", nn.Tanh().eval()),
     "parametrised": lambda net: parametrizations.weight_norm(net.backbone.conv1),
     "eps": lambda net: setattr(net.backbone.bn1, "eps", 1e-2), "stride": lambda net: setattr(net.backbone.conv1, "stride", (2, 2)),
     "tensor": lambda net: setattr(net, "factor", net.factor + 1), "number": lambda net: setattr(net, "power", 3),
