@@ -28,7 +28,7 @@ format: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$(TORCH)" -e ".[dev]"
+	$(BIN)/python -m pip install -q $(TORCH) -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps torchattacks==3.5.1
 	touch $@
 
