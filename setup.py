@@ -25,6 +25,9 @@ DEV = [
     "hypothesis>=6.100,<7",
     "ruff>=0.9,<1",
     "pytorch-metric-learning>=2.5,<3",
+    # The kernels' tests: Triton's interpreter and compiler need no GPU.
+    "triton==3.7.1; platform_system == 'Linux'",
+    "scipy>=1.10",
     # Models that are not ours, and optimisers to compare with.
     "timm>=1.0,<2",
 ]
