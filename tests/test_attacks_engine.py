@@ -56,6 +56,13 @@ def recorder():
         yield
 
 
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile without its code generation: traced, differentiated and checked, in a tenth of the time."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager", **options))
+
+
 # -- parity -------------------------------------------------------------------------------------------------------------------
 
 
@@ -75,20 +82,31 @@ def test_backends_give_the_images_of_the_reference(recorder, backend, bn, object
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if objective != "kl" else 1e-4)
 
 
-def test_robust_accuracy_on_a_trained_network_is_that_of_the_reference(recorder, trained):
-    """1,000 images; the pixels that differ are those whose gradient is 0 up to rounding."""
-    model, images, labels = trained
-    start = start_of(images)
-    robust, made = {}, {}
-    for backend in ("reference", "eager"):
-        made[backend] = attack(backend, start=start)(model, images, labels)
+@pytest.mark.parametrize("bn", BN_MODES)
+@pytest.mark.parametrize("objective", ["ce", "kl"])
+def test_robust_accuracy_on_a_trained_network_is_that_of_the_reference(recorder, traced_only, trained, bn, objective):
+    """1,000 images, a model for each backend since bn="train" moves buffers; one judge: the trained network in eval mode.
+
+    The pixels that differ are those whose gradient is 0 up to rounding: near the clean images, where KL starts, more of them.
+    """
+    judge, images, labels = trained
+    start = start_of(images) * (1 if objective == "ce" else 0.01)
+
+    def found(backend, count=1000):
+        made = attack(backend, bn=bn, objective=objective, start=start[:count])
+        return made(copy.deepcopy(judge), images[:count], labels[:count])
+
+    def robust(x_adv):
         with torch.no_grad():
-            robust[backend] = (model(made[backend]).argmax(1) == labels).float().mean().item()
-    assert 0.05 < robust["reference"] < 0.95
-    assert abs(robust["eager"] - robust["reference"]) <= 0.002
-    assert ((made["eager"] - made["reference"]).abs() > 1e-6).float().mean() < 2e-3
-    replayed = attack("graphed", start=start[:100])(model, images[:100], labels[:100])
-    assert torch.equal(replayed, attack("eager", start=start[:100])(model, images[:100], labels[:100]))
+            return 100 * (judge(x_adv).argmax(1) == labels).double().mean().item()
+
+    expected, made = found("reference"), found("eager")
+    assert 5 < robust(expected) < 95
+    assert abs(robust(made) - robust(expected)) <= 0.2 + 1e-9
+    assert ((made - expected).abs() > 1e-6).double().mean() < (0.002 if objective == "ce" else 0.1)
+    few = found("eager", 64)
+    assert torch.equal(found("graphed", 64), few)
+    assert ((found("compiled", 64) - few).abs() > 1e-6).double().mean() < (0.002 if objective == "ce" else 0.1)
 
 
 def test_bf16_on_the_twin_is_bf16_on_the_model_to_its_rounding(trained):
@@ -291,13 +309,6 @@ def test_graphs_need_a_gpu():
 
 
 # -- the compiled step --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def traced_only(monkeypatch):
-    """torch.compile without its code generation: traced, differentiated and checked, in a tenth of the time."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager", **options))
 
 
 @pytest.mark.parametrize("bn", BN_MODES)
