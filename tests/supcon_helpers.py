@@ -60,6 +60,8 @@ def loop_rows(
     positive_coef=None,
     denominator_mask=None,
     instances=None,
+    selection="all",
+    predictions=None,
     weights_from=None,
 ):
     """L_i of every row (None if not valid) in Python floats; what is detached is computed from `weights_from` (default u)."""
@@ -75,14 +77,17 @@ def loop_rows(
         def coef(p, i=i):
             return 1.0 if positive_coef is None else positive_coef[views[i], views[p]].item()
 
+        def kept(a, i=i):
+            if selection == "all" or (label[a] == label[i] and selection != "leaking"):
+                return True
+            taken, alike = predictions[a] == label[i], predictions[a] == predictions[i]
+            return {"hard": taken, "soft": alike, "merge": taken or alike, "leaking": alike}[selection]
+
+        others = [a for a in range(n) if a != i and kept(a)]
         positives = [
-            p
-            for p in range(n)
-            if p != i and label[p] == label[i] and coef(p) > 0 and (instances is None or instances[p] == instances[i])
+            p for p in others if label[p] == label[i] and coef(p) > 0 and (instances is None or instances[p] == instances[i])
         ]
-        in_denominator = [
-            a for a in range(n) if a != i and (denominator_mask is None or denominator_mask[views[i], views[a]].item() != 0)
-        ]
+        in_denominator = [a for a in others if denominator_mask is None or denominator_mask[views[i], views[a]].item() != 0]
         negatives = [a for a in in_denominator if label[a] != label[i]]
         terms = in_denominator if denominator == "all" else negatives
         if not positives or not terms:

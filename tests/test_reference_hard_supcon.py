@@ -6,8 +6,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from supcon_helpers import COEF, VARIANTS, WEIGHTS, batch, loop_rows, mean_valid, relative, view_options, with_and_without_views
+from supcon_helpers import (
+    COEF,
+    DENOMINATORS,
+    VARIANTS,
+    WEIGHTS,
+    batch,
+    loop_rows,
+    mean_valid,
+    relative,
+    view_options,
+    with_and_without_views,
+)
 
+from fastanchor.errors import UserError
 from fastanchor.reference.hard_supcon import effective_positives, hard_supcon, positive_weights, soft_min_supcon
 
 # ---------------------------------------------------------------- values
@@ -32,6 +44,21 @@ def test_reductions_and_scale():
     assert n_valid == len(y) - 1
     for reduction, expected in (("sum", rows.sum()), ("mean_all", rows.mean()), ("mean_valid", rows.sum() / n_valid)):
         torch.testing.assert_close(hard_supcon(u, y, reduction=reduction, scale=0.7), 0.7 * expected, rtol=1e-14, atol=0)
+
+
+@with_and_without_views
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("selection", ["hard", "soft", "merge", "leaking"])
+def test_selections_by_predicted_class_are_those_of_a_loop(selection, denominator, in_views):
+    u, y, v = batch(n=24)
+    predictions = torch.arange(24) * 7 % 5 % 3
+    options = {"selection": selection, "denominator": denominator, "hard_negative_beta": 0.5, **view_options(v, in_views)}
+    rows = loop_rows(u, y, predictions=predictions.tolist(), **options)
+    found = hard_supcon(u, y, predictions=predictions, reduction="none", **options)
+    assert found.tolist() == pytest.approx([row or 0 for row in rows], rel=1e-12)
+    assert (found - hard_supcon(u, y, **{**options, "selection": "all"}, reduction="none")).abs().max() > 1e-3
+    with pytest.raises(UserError, match="selection is .*, but predictions"):
+        hard_supcon(u, y, **options)
 
 
 @pytest.mark.parametrize("weight", [w for w in WEIGHTS if w["weight"] != "topk"] + [{"weight": "topk", "k": 1}])

@@ -11,6 +11,7 @@ from fastanchor.errors import UserError, did_you_mean
 WEIGHTS = ("uniform", "exp", "pow", "topk")
 NORMALIZERS = ("sum", "count")
 DENOMINATORS = ("all", "pairwise", "negatives")
+SELECTIONS = ("all", "hard", "soft", "merge", "leaking")
 REDUCTIONS = ("mean_valid", "mean_all", "sum", "none")
 
 

@@ -8,10 +8,16 @@ Anchors i = 1..N with head outputs u_i, labels y_i and view ids v_i; keys a = 1.
 `ref_embeddings`. z = u / ||u||, s_ia = z_i . z_a, l_ia = s_ia / tau. "a is i" below is the self pair; it exists only
 when the keys are the anchors themselves, and it is told by index, never by value: a duplicate of row i is a normal pair.
 
-    positives      P(i) = {p : p is not i, y_p = y_i, C[v_i, v_p] > 0, and the same instance id where `instances` is given}
-    denominator    A(i) = {a : a is not i, D[v_i, v_a] != 0}
+    positives      P(i) = {p in S(i) : p is not i, y_p = y_i, C[v_i, v_p] > 0, the same instance id where `instances` is given}
+    denominator    A(i) = {a in S(i) : a is not i, D[v_i, v_a] != 0}
     negatives      N(i) = {a in A(i) : y_a != y_i}
     C (`positive_coef`) and D (`denominator_mask`) are all ones when absent; they need not be symmetric.
+
+`selection` leaves out pairs by the predicted classes c (`predictions`), as ASCL does (Bui et al. 2021):
+
+    all       S(i) = every key
+    hard      rows of i's class, and negatives taken for it: c_a = y_i        soft     ... and negatives with c_a = c_i
+    merge     hard and soft together                                          leaking  c_a = c_i, for positives too
 
 Weights: w_ip = C[v_i, v_p] h(s_ip) for p in P(i), 0 elsewhere, phi = log h:
 
@@ -66,8 +72,7 @@ Special cases
     pytorch-metric-learning SupCon     SupCon with mean_valid; it averages rows of non-zero loss and returns 0 for a batch that
                                        has no positive or no negative pair at all
     NT-Xent (SimCLR)                   SupCon with instance ids as labels
-    ASCL, cosine similarity, "all"     SupCon with tau = 0.2, reduction="mean_all" (its `leaking`, `hard` and `soft` selections
-                                       need predicted labels and are not covered)
+    ASCL, cosine similarity            SupCon with tau = 0.2, reduction="mean_all" and its selection ("leaking" by default)
     SupRobCon                          uniform, anchors adversarial, keys clean, denominator="pairwise"
     C-LEAD joint                       uniform, denominator="pairwise", `instances` given: own counterpart is the only positive
     hardest positive only              weight="topk", k=1
@@ -76,28 +81,16 @@ Special cases
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastanchor.errors import UserError
-from fastanchor.reference.checks import check_name, check_options, check_rows, check_view_matrices, describe
+from fastanchor.reference.checks import check_name, check_options
+from fastanchor.reference.pairs import make_pairs
 
-ZERO_NORM = 1e-12  # F.normalize's threshold, but without its 1 / 1e-12 gradient
 POW_EPS = 1e-6  # about ten roundings of s near 1 in fp32, so the weight of a duplicate does not depend on rounding
-
-
-class Pairs(NamedTuple):
-    """All that the loss reads about pairs; (N, M) unless said otherwise."""
-
-    similarity: Tensor  # s
-    positive: Tensor  # P, empty in rows that are not anchors
-    denominator: Tensor  # A
-    negative: Tensor  # N
-    log_coef: Tensor | float  # log C[v_i, v_p], or 0.0
-    anchor: Tensor | None  # (N,) bool, or None: all rows
 
 
 def hard_supcon(
@@ -117,12 +110,15 @@ def hard_supcon(
     positive_coef: Tensor | None = None,
     denominator_mask: Tensor | None = None,
     instances: Tensor | None = None,
+    selection: str = "all",
+    predictions: Tensor | None = None,
     anchors: Tensor | int | Sequence[int] | None = None,
     detach_keys: bool = False,
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
     ref_views: Tensor | None = None,
     ref_instances: Tensor | None = None,
+    ref_predictions: Tensor | None = None,
     scale: float = 1.0,
     reduction: str = "mean_valid",
 ) -> Tensor:
@@ -130,9 +126,11 @@ def hard_supcon(
 
     embeddings (N, D) floating, labels (N,) integer, not normalised. `beta` may be a 0-d tensor, for a warm-up inside a captured
     graph. `beta` is read by exp, `gamma` by pow, `k` by topk.
-    views, instances (N,) integer; positive_coef, denominator_mask (V, V) tensors indexed [anchor's view, key's view], view ids in
-    [0, V) (not checked: that would read the device). anchors: (N,) bool, or the view id or ids of the rows that act as anchors.
-    ref_embeddings (M, D), ref_labels, ref_views, ref_instances (M,): keys other than the anchors; no pair is then a self pair.
+    views, instances, predictions (N,) integer; positive_coef, denominator_mask (V, V) tensors indexed [anchor's view, key's
+    view], view ids in [0, V) (not checked: that would read the device). anchors: (N,) bool, or the view id or ids of the rows
+    that act as anchors.
+    ref_embeddings (M, D), ref_labels, ref_views, ref_instances, ref_predictions (M,): keys other than the anchors; no pair is
+    then a self pair.
     Returns a 0-d tensor, or (N,) for reduction="none"; fp64 if an input is fp64, else fp32.
     Raises UserError (a ValueError) for a bad argument.
     """
@@ -148,19 +146,22 @@ def hard_supcon(
         scale=scale,
         reduction=reduction,
     )
-    pairs = _pairs(
+    pairs = make_pairs(
         embeddings,
         labels,
         views=views,
         positive_coef=positive_coef,
         denominator_mask=denominator_mask,
         instances=instances,
+        selection=selection,
+        predictions=predictions,
         anchors=anchors,
         detach_keys=detach_keys,
         ref_embeddings=ref_embeddings,
         ref_labels=ref_labels,
         ref_views=ref_views,
         ref_instances=ref_instances,
+        ref_predictions=ref_predictions,
     )
     w_bar = _weights(pairs, weight, beta, gamma, k, normalizer)
     if detach_weights:
@@ -186,10 +187,11 @@ def positive_weights(
 ) -> tuple[Tensor, Tensor]:
     """w_bar (N, M), 0 outside P(i), not detached, and the (N,) bool mask of rows that have positives.
 
-    pair_options: views, positive_coef, denominator_mask, instances, anchors, detach_keys and ref_* of `hard_supcon`.
+    pair_options: views, positive_coef, denominator_mask, instances, selection, predictions, anchors, detach_keys and ref_* of
+    `hard_supcon`.
     """
     check_options(weight=weight, beta=beta, gamma=gamma, k=k, normalizer=normalizer)
-    pairs = _pairs(embeddings, labels, **pair_options)
+    pairs = make_pairs(embeddings, labels, **pair_options)
     return _weights(pairs, weight, beta, gamma, k, normalizer), pairs.positive.any(1)
 
 
@@ -236,78 +238,13 @@ def soft_min_supcon(
     check_name("denominator", denominator, ("all", "negatives"))
     if not isinstance(beta, Tensor) and beta == 0:
         raise UserError("beta is 0, but the soft-min form needs a non-zero beta")
-    pairs = _pairs(embeddings, labels, **pair_options)
+    pairs = make_pairs(embeddings, labels, **pair_options)
     lse, has_terms = _log_denominator(pairs, temperature, denominator, hard_negative_beta)
     log_coef = pairs.log_coef + torch.zeros_like(pairs.similarity)
     pooled = _masked_logsumexp(log_coef - beta * pairs.similarity, pairs.positive)
     log_mean = pooled - _masked_logsumexp(log_coef, pairs.positive)
     valid = pairs.positive.any(1) & has_terms
     return _reduce(lse + log_mean / beta / temperature, valid, pairs.anchor, scale, reduction)
-
-
-def _pairs(
-    embeddings,
-    labels,
-    *,
-    views=None,
-    positive_coef=None,
-    denominator_mask=None,
-    instances=None,
-    anchors=None,
-    detach_keys=False,
-    ref_embeddings=None,
-    ref_labels=None,
-    ref_views=None,
-    ref_instances=None,
-) -> Pairs:
-    """Similarities and the index sets P, A, N of the module docstring."""
-    own_keys = ref_embeddings is None
-    refs = {"ref_labels": ref_labels, "ref_views": ref_views, "ref_instances": ref_instances}
-    check_rows("embeddings", embeddings, labels=labels, views=views, instances=instances)
-    if own_keys:
-        for name in (name for name, value in refs.items() if value is not None):
-            raise UserError(f"{name} is given without ref_embeddings, but it describes their rows")
-        ref_labels, ref_views, ref_instances = labels, views, instances
-    else:
-        check_rows("ref_embeddings", ref_embeddings, **refs)
-        if ref_embeddings.shape[1] != embeddings.shape[1]:
-            columns = [value.shape[1] for value in (ref_embeddings, embeddings)]
-            raise UserError(f"ref_embeddings has {columns[0]} columns, but must have {columns[1]} as embeddings has")
-        if (instances is None) != (ref_instances is None):
-            raise UserError("instances and ref_instances must both be given, or neither, when ref_embeddings is given")
-    check_view_matrices(positive_coef, denominator_mask, views, ref_views)
-
-    dtype = embeddings.dtype if own_keys else torch.promote_types(embeddings.dtype, ref_embeddings.dtype)
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    z = _unit_rows(embeddings.to(dtype))
-    z_key = z if own_keys else _unit_rows(ref_embeddings.to(dtype))
-    if detach_keys:
-        z_key = z_key.detach()
-    with torch.autocast(z.device.type, enabled=False):
-        similarity = z @ z_key.T
-
-    same_class = labels[:, None] == ref_labels[None, :]
-    other = torch.ones_like(same_class)
-    if own_keys:
-        other.fill_diagonal_(False)
-    positive, denominator, log_coef = same_class & other, other, 0.0
-    if positive_coef is not None:
-        coef = positive_coef.to(dtype)[views[:, None], ref_views[None, :]]
-        positive, log_coef = positive & (coef > 0), coef.log()
-    if denominator_mask is not None:
-        denominator = denominator & (denominator_mask[views[:, None], ref_views[None, :]] != 0)
-    if instances is not None:
-        positive = positive & (instances[:, None] == ref_instances[None, :])
-    anchor = _anchor_mask(anchors, views, embeddings)
-    if anchor is not None:
-        positive = positive & anchor[:, None]
-    return Pairs(similarity, positive, denominator, denominator & ~same_class, log_coef, anchor)
-
-
-def _unit_rows(u):
-    norm = torch.linalg.vector_norm(u, dim=1, keepdim=True)
-    zero = norm <= ZERO_NORM
-    return (u / norm.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 def _weights(pairs, weight, beta, gamma, k, normalizer):
@@ -365,19 +302,3 @@ def _reduce(row_loss, valid, anchor, scale, reduction):
     if reduction == "mean_all":
         return row_loss.mean() if anchor is None else row_loss.sum() / anchor.sum().clamp_min(1)
     return row_loss.sum()
-
-
-def _anchor_mask(anchors, views, embeddings):
-    if anchors is None:
-        return None
-    if isinstance(anchors, Tensor) and anchors.dtype == torch.bool and anchors.shape == embeddings.shape[:1]:
-        return anchors
-    ids = [anchors] if isinstance(anchors, int) else anchors
-    if isinstance(ids, Tensor) or not isinstance(ids, Sequence) or not ids or not all(type(view) is int for view in ids):
-        raise UserError(
-            f"anchors is {describe(anchors)}, but must be a bool tensor of shape ({embeddings.shape[0]},), a view id or a "
-            "non-empty sequence of view ids"
-        )
-    if views is None:
-        raise UserError(f"anchors is {anchors!r}, but view ids need views, which is missing")
-    return torch.stack([views == view for view in ids]).any(0)
