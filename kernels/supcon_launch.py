@@ -1,7 +1,8 @@
 """Starts the SupCon kernels: buffers, grids, the split of the columns. No autograd here and no read of a device value.
 
 `forward` gives the loss and what `backward` needs; `loss_and_grad` does both, for CUDA graphs and gradient caching.
-Everything runs on the current stream, 4 launches forward and 3 backward; memory beyond the inputs is O(N D).
+Everything runs on the current stream, 4 launches forward (2 more for top-k weights, 2 more for `pairwise`) and 3 backward (2
+more for the gradient of other keys); memory beyond the inputs is O(N D).
 """
 
 from __future__ import annotations
@@ -9,41 +10,59 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fastanchor.kernels import config, supcon
+from fastanchor.kernels import config, supcon, supcon_pairs
 from fastanchor.kernels.launch import on_device
 from torch import Tensor
 
 PAD = 128  # rows of every buffer are a multiple of this, and every tile divides it
 PRECISIONS = ("fp16", "tf32", "ieee")
-MIN_TEMPERATURE = 0.03  # exp(-2 / tau) must stay a normal fp32 number, products with it included
+FIXED_MAXIMUM = 0.03  # from this temperature on exp(-2 / tau) is a normal fp32 number, products with it included
+MIN_TEMPERATURE = 0.001  # below it the rounding of a distance is the size of tau
 MAX_BETA = 40.0
 MAX_GAMMA = 5.0
+MAX_K = 63
 MAX_FEATURES = 512
-FP16_GAIN, FP16_GAIN_ATTACHED = (
-    2.0**13,
-    2.0**6,
-)  # |G| <= 2 gain, times 1 + |phi'| (s - s_bar) with attached weights; fp16 ends at 65504
+# |G| <= 2 gain, times 1 + |phi'| (s - s_bar) with attached weights; fp16 ends at 65504.
+FP16_GAIN, FP16_GAIN_ATTACHED = 2.0**13, 2.0**6
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of the reference's `hard_supcon` that change the kernels, and `precision` of the stored unit rows.
 
-    precision: "fp16" (fp16 unit rows and G, fp32 sums), "tf32" (fp32 rounded to TF32),
-    "ieee" (fp32, no tensor cores).
+    precision: "fp16" (fp16 unit rows and G, fp32 sums), "tf32" (fp32 rounded to TF32), "ieee" (fp32, no tensor cores).
     On embeddings of tight classes (cosine 0.98) the first two give gradients that are a few 1e-3 off, the last about 1e-4.
     """
 
     temperature: float = 0.1
     weight: str = "exp"
     gamma: float = 1.0
+    k: int = 8
     detach_weights: bool = True
     normalizer: str = "sum"
     denominator: str = "all"
+    hard_negative_beta: float = 0.0
+    selection: str = "all"
     detach_keys: bool = False
     scale: float = 1.0
     reduction: str = "mean_valid"
     precision: str = "fp16"
+
+    @property
+    def constant_weights(self) -> bool:
+        """Whether the weights give no gradient: detached, or of no slope."""
+        return self.detach_weights or self.weight in ("uniform", "topk")
+
+    @property
+    def online(self) -> bool:
+        """Whether every row needs a maximum of its own."""
+        return self.temperature < FIXED_MAXIMUM
+
+    @property
+    def plain(self) -> bool:
+        """Whether a pair is told by labels alone and all rows share one maximum: the case that has the largest tiles."""
+        ordinary = self.weight != "topk" and self.denominator != "pairwise" and self.selection == "all"
+        return ordinary and self.hard_negative_beta == 0 and not self.online
 
 
 @dataclass(frozen=True)
@@ -75,15 +94,12 @@ def supported(
     dtype: torch.dtype,
     beta: float | Tensor = 2.0,
     *,
-    hard_negative_beta: float = 0.0,
-    keys_need_gradient: bool = False,
     views: bool = False,
     device: torch.device | None = None,
 ) -> tuple[bool, str]:
     """Whether the kernels compute this variant on `device`, with the reason in words.
 
-    views: with positive_coef or denominator_mask. keys_need_gradient: ref_embeddings require one and are not detached.
-    The values of a tensor `beta` are not looked at; they must lie in [-40, 40].
+    views: with positive_coef or denominator_mask. The values of a tensor `beta` are not looked at; they must lie in [-40, 40].
     """
     if dtype == torch.float64:
         return False, "the kernels compute in fp32, the embeddings are fp64"
@@ -92,24 +108,21 @@ def supported(
     if options.precision not in PRECISIONS:
         return False, f"precision {options.precision!r} is not one of {', '.join(PRECISIONS)}"
     if options.temperature < MIN_TEMPERATURE:
-        return False, f"the fixed maximum needs temperature >= {MIN_TEMPERATURE}, this is {options.temperature}"
-    if options.weight not in ("uniform", "exp", "pow"):
-        return False, f"{options.weight} weights have no kernel"
-    if options.denominator not in ("all", "negatives"):
-        return False, f"the {options.denominator} denominator has no kernel"
-    if hard_negative_beta != 0:
-        return False, "hard_negative_beta has no kernel"
-    if keys_need_gradient:
-        return False, "the kernels give no gradient to ref_embeddings"
+        return False, f"fp32 needs temperature >= {MIN_TEMPERATURE}, this is {options.temperature}"
     if options.weight == "exp" and not isinstance(beta, Tensor) and abs(beta) > MAX_BETA:
         return False, f"exp weights need |beta| <= {MAX_BETA:g} in fp32, this is {beta}"
     if options.weight == "pow" and not 0 <= options.gamma <= MAX_GAMMA:
         return False, f"pow weights need 0 <= gamma <= {MAX_GAMMA:g} in fp32, this is {options.gamma}"
     if options.weight == "pow" and not options.detach_weights and options.precision == "fp16" and options.gamma < 1:
         return False, "attached pow weights with gamma < 1 have a slope too steep for fp16"
+    if options.weight == "topk" and options.k > MAX_K:
+        return False, f"topk weights keep at most k = {MAX_K} positives, this is {options.k}"
+    if abs(options.hard_negative_beta) > MAX_BETA:
+        return False, f"negatives need |hard_negative_beta| <= {MAX_BETA:g} in fp32, this is {options.hard_negative_beta}"
     arch = config.architecture(device or torch.device("cpu"))
-    if not all(config.tile(kernel, arch, options.precision, n_features, 1, views) for kernel in ("row_stats", "gradient")):
-        with_views = " with view matrices" if views else ""
+    many = views or not options.plain
+    if not all(config.tile(kernel, arch, options.precision, n_features, 1, many) for kernel in ("row_stats", "gradient")):
+        with_views = " with these options" if many else ""
         return False, f"{n_features} features in {options.precision}{with_views} do not fit on sm_{arch}"
     return True, "within the kernels' options"
 
@@ -125,16 +138,18 @@ def forward(
     positive_coef: Tensor | None = None,
     denominator_mask: Tensor | None = None,
     instances: Tensor | None = None,
+    predictions: Tensor | None = None,
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
     ref_views: Tensor | None = None,
     ref_instances: Tensor | None = None,
+    ref_predictions: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
     """Loss (0-d fp32, or (N,) for reduction "none") and what `backward` needs.
 
-    embeddings (N, D) fp32, fp16 or bf16; labels, views, instances (N,) integer, of which the low 32 bits are compared;
-    anchors (N,) bool; matrices (V, V) indexed [anchor's view, key's view]; ref_* describe other keys. All on one device.
-    Arguments are those of the reference's `hard_supcon`, whose checks they are taken to have passed.
+    embeddings (N, D) fp32, fp16 or bf16; labels, views, instances, predictions (N,) integer, of which the low 32 bits are
+    compared; anchors (N,) bool; matrices (V, V) indexed [anchor's view, key's view]; ref_* describe other keys, all on one
+    device. Arguments are those of the reference's `hard_supcon`, whose checks they are taken to have passed.
     Raises NotImplementedError for what `supported` refuses.
     """
     views_matter = positive_coef is not None or denominator_mask is not None
@@ -142,96 +157,140 @@ def forward(
     if not ok:
         raise NotImplementedError(reason)
     with on_device(supcon.normalize, embeddings=embeddings, labels=labels, ref_embeddings=ref_embeddings):
-        n, device = len(embeddings), embeddings.device
-        own = _side(embeddings, labels, instances, views, options)
-        keys = own if ref_embeddings is None else _side(ref_embeddings, ref_labels, ref_instances, ref_views, options)
-        coef, mask = _view_matrices(positive_coef, denominator_mask, device)
-        saved = Saved(own, keys, own.norms.new_empty((5, len(own.z))), own.norms.new_empty(3), coef, mask, instances is not None)
-        tile, split, span = _plan("row_stats", own, keys, options, coef is not None)
-        partial = own.norms.new_empty((split, 4, len(own.z)))
-        supcon.row_stats[(len(own.z) // tile.rows, split)](
-            *_pair_arguments(saved),
-            partial,
-            beta if isinstance(beta, Tensor) else float(beta),
-            float(options.gamma),
-            supcon.LOG2E.value / options.temperature,
-            span,
-            **_pair_flags(saved, options, beta),
-            D=own.z.shape[1],
-            BM=tile.rows,
-            BN=tile.columns,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        row_loss = own.norms.new_empty(n)
+        own = _side(embeddings, labels, instances, views, predictions, options)
+        keys = own
+        if ref_embeddings is not None:
+            keys = _side(ref_embeddings, ref_labels, ref_instances, ref_views, ref_predictions, options)
+        coef, mask = _view_matrices(positive_coef, denominator_mask, embeddings.device)
+        rows, totals = own.norms.new_empty((10, len(own.z))), own.norms.new_empty(3)
+        saved = Saved(own, keys, rows, totals, coef, mask, instances is not None)
         marks = own.ids if anchors is None else anchors.to(torch.int8)
-        supcon.finish_rows[(len(own.z) // PAD,)](
-            partial, marks, saved.rows, row_loss, 1 / options.temperature, options.scale, n, len(own.z), split,
-            ROWS=PAD, COUNT=options.normalizer == "count", ANCHORS=anchors is not None, num_warps=4,
-        )  # fmt: skip
+        row_loss = _row_losses(saved, options, beta, marks, anchors is not None)
         supcon.reduce_rows[(1,)](
-            saved.rows, row_loss, marks, saved.totals, n, len(own.z), options.scale,
+            rows, row_loss, marks, totals, own.n, len(own.z), options.scale,
             BLOCK=1024, REDUCTION=options.reduction, ANCHORS=anchors is not None, num_warps=8,
         )  # fmt: skip
-    return row_loss if options.reduction == "none" else saved.totals[0], saved
+    return row_loss if options.reduction == "none" else totals[0], saved
 
 
-def backward(saved: Saved, upstream: Tensor, embeddings: Tensor, options: Options, beta: float | Tensor = 2.0) -> Tensor:
-    """dL/d embeddings (N, D), of their dtype. upstream: 0-d, or (N,) for reduction "none"; the rest as given to `forward`."""
-    with on_device(supcon.gradient, embeddings=embeddings, upstream=upstream):
+def backward(
+    saved: Saved,
+    upstream: Tensor,
+    embeddings: Tensor,
+    options: Options,
+    beta: float | Tensor = 2.0,
+    ref_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """dL/d embeddings (N, D) and, where ref_embeddings are given here and not detached, dL/d ref_embeddings (M, D).
+
+    Each of the dtype of what it is the gradient of. upstream: 0-d, or (N,) for reduction "none"; the rest as given to `forward`.
+    """
+    with on_device(supcon_pairs.gradient, embeddings=embeddings, upstream=upstream, ref_embeddings=ref_embeddings):
         own, keys = saved.anchors, saved.keys
-        n, n_pad, width = own.n, len(own.z), own.z.shape[1]
+        n_pad = len(own.z)
         per_row = options.reduction == "none"
         upstream = upstream.float().contiguous()
         # With one upstream number for all rows the largest weight of a row is that of omega, which `forward` has found.
-        peak = (upstream * saved.rows[2, :n]).abs().amax() if per_row else saved.totals[2]
-        gain = FP16_GAIN if options.detach_weights else FP16_GAIN_ATTACHED
-        roles = own.norms.new_empty((3, n_pad))
+        peak = (upstream * saved.rows[2, : own.n]).abs().amax() if per_row else saved.totals[2]
+        gain = FP16_GAIN if options.constant_weights else FP16_GAIN_ATTACHED
+        roles = own.norms.new_empty((5, n_pad))
         supcon.row_roles[(n_pad // PAD,)](
-            saved.rows, upstream, peak, roles, options.temperature, gain, n, n_pad,
-            ROWS=PAD, COUNT=options.normalizer == "count", DETACHED=options.detach_weights, PER_ROW=per_row, num_warps=4,
+            saved.rows, upstream, peak, roles, options.temperature, _log2_per(options), gain, own.n, n_pad,
+            ROWS=PAD, COUNT=options.normalizer == "count", DETACHED=options.constant_weights, PER_ROW=per_row,
+            PAIRWISE=options.denominator == "pairwise", HARD=options.hard_negative_beta != 0, num_warps=4,
         )  # fmt: skip
-        tile, split, span = _plan("gradient", own, keys, options, saved.coef is not None)
-        partial = own.norms.new_empty((split, n_pad, width))
-        supcon.gradient[(n_pad // tile.rows, split)](
-            *_pair_arguments(saved),
-            roles,
-            partial,
-            beta if isinstance(beta, Tensor) else float(beta),
-            float(options.gamma),
-            supcon.LOG2E.value / options.temperature,
-            span,
-            **_pair_flags(saved, options, beta),
-            DETACHED=options.detach_weights,
-            SYMMETRIC=keys is own and not options.detach_keys,
-            D=width,
-            BM=tile.rows,
-            BN=tile.columns,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        embeddings = embeddings.contiguous()
-        du = torch.empty_like(embeddings)
-        rows = max(1, 2048 // width)
-        supcon.finish_gradient[(n_pad // rows,)](
-            partial, embeddings, own.norms, upstream, saved.totals[1:], peak, du, 1 / (options.temperature * gain),
-            n, n_pad, embeddings.shape[1], split, D=width, ROWS=rows, PER_ROW=per_row, num_warps=4,
-        )  # fmt: skip
-    return du
+
+        def of(side: Side, given: Tensor, as_anchors: bool, as_keys: bool) -> Tensor:
+            return _gradient(saved, roles, upstream, peak, gain, options, beta, side, given, as_anchors, as_keys)
+
+        if keys is own:
+            return of(own, embeddings, True, not options.detach_keys), None
+        to_keys = ref_embeddings is not None and not options.detach_keys
+        return of(own, embeddings, True, False), of(keys, ref_embeddings, False, True) if to_keys else None
 
 
 def loss_and_grad(
-    embeddings: Tensor, labels: Tensor, options: Options, beta: float | Tensor = 2.0, **pairs: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(loss, dL/d embeddings) of a scalar reduction, without autograd: capturable in a CUDA graph. pairs: as in `forward`."""
-    if options.reduction == "none":
-        raise ValueError("loss_and_grad needs a scalar reduction, not 'none'")
+    embeddings: Tensor,
+    labels: Tensor,
+    options: Options,
+    beta: float | Tensor = 2.0,
+    *,
+    upstream: Tensor | None = None,
+    keys_gradient: bool = False,
+    **pairs: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, dL/d embeddings, dL/d ref_embeddings or None), without autograd: capturable in a CUDA graph.
+
+    upstream: as in `backward`; None: 1, for a scalar reduction. keys_gradient: ref_embeddings get theirs. pairs: as in `forward`.
+    """
+    if upstream is None:
+        if options.reduction == "none":
+            raise ValueError("loss_and_grad needs an upstream gradient for each row with reduction 'none'")
+        upstream = torch.ones((), device=embeddings.device)
     loss, saved = forward(embeddings, labels, options, beta, **pairs)
-    one = torch.ones((), device=embeddings.device)
-    return loss, backward(saved, one, embeddings, options, beta)
+    refs = pairs.get("ref_embeddings") if keys_gradient else None
+    return loss, *backward(saved, upstream, embeddings, options, beta, refs)
 
 
-def _side(u, labels, instances, views, options) -> Side:
+def _row_losses(saved, options, beta, marks, anchors) -> Tensor:
+    """The passes over pairs that `saved.rows` is made of, and the loss of each row (N,)."""
+    own, rows = saved.anchors, saved.rows
+    n_pad, per, count = len(own.z), _log2_per(options), options.normalizer == "count"
+    pairwise, hard = options.denominator == "pairwise", options.hard_negative_beta != 0
+    numbers = (beta if isinstance(beta, Tensor) else float(beta), float(options.gamma))
+    grid, span, tiles = _plan("row_stats", own, saved.keys, options, saved.coef is not None)
+    pair, sets = _pair_arguments(saved, own, saved.keys), _set_flags(saved, options)
+    weights = {"WEIGHT": options.weight, "BETA_TENSOR": isinstance(beta, Tensor), "TOPK": options.weight == "topk"}
+    if options.weight == "topk":
+        kept = 1 << options.k.bit_length()
+        partial = own.norms.new_empty((grid[1], kept, n_pad))
+        supcon_pairs.largest_distances[grid](*pair, partial, span, KEPT=kept, **sets, **tiles)
+        supcon.thresholds[(n_pad // PAD,)](partial, rows, n_pad, grid[1], options.k, ROWS=PAD, KEPT=kept, num_warps=4)
+    parts = 8 if hard or options.online else 4
+    partial = own.norms.new_empty((grid[1], parts, n_pad))
+    supcon_pairs.row_stats[grid](
+        *pair, rows, partial, *numbers, float(options.hard_negative_beta), per, span, NEGATIVES=options.denominator != "all",
+        HARD=hard, ONLINE=options.online, PARTS=parts, **weights, **sets, **tiles,
+    )  # fmt: skip
+    row_loss = own.norms.new_empty(own.n)
+    supcon.finish_rows[(n_pad // PAD,)](
+        partial, marks, rows, row_loss, 1 / options.temperature, per, options.scale, own.n, n_pad, grid[1],
+        ROWS=PAD, COUNT=count, ANCHORS=anchors, PAIRWISE=pairwise, HARD=hard, ONLINE=options.online, PARTS=parts, num_warps=4,
+    )  # fmt: skip
+    if pairwise:
+        partial = own.norms.new_empty((grid[1], 2, n_pad))
+        supcon_pairs.row_costs[grid](*pair, rows, partial, *numbers, per, span, **weights, **sets, **tiles)
+        supcon.finish_costs[(n_pad // PAD,)](
+            partial, rows, row_loss, options.scale, own.n, n_pad, grid[1], ROWS=PAD, num_warps=4
+        )  # fmt: skip
+    return row_loss
+
+
+def _gradient(saved, roles, upstream, peak, gain, options, beta, side, given, as_anchors, as_keys) -> Tensor:
+    """The gradient of the rows of `side`, of which `given` are the embeddings."""
+    other = saved.keys if as_anchors else saved.anchors
+    n_pad, width = side.z.shape
+    grid, span, tiles = _plan("gradient", side, other, options, saved.coef is not None)
+    partial = side.norms.new_empty((grid[1], n_pad, width))
+    supcon_pairs.gradient[grid](
+        *_pair_arguments(saved, side, other), saved.rows, roles, roles.shape[1], partial,
+        beta if isinstance(beta, Tensor) else float(beta), float(options.gamma), float(options.hard_negative_beta),
+        _log2_per(options), span, WEIGHT=options.weight, BETA_TENSOR=isinstance(beta, Tensor),
+        NEGATIVES=options.denominator != "all", PAIRWISE=options.denominator == "pairwise",
+        HARD=options.hard_negative_beta != 0, TOPK=options.weight == "topk", ONLINE=options.online,
+        DETACHED=options.constant_weights, AS_ANCHORS=as_anchors, AS_KEYS=as_keys, **_set_flags(saved, options), **tiles,
+    )  # fmt: skip
+    given = given.contiguous()
+    du = torch.empty_like(given)
+    rows = max(1, 2048 // width)
+    supcon.finish_gradient[(n_pad // rows,)](
+        partial, given, side.norms, upstream, saved.totals[1:], peak, du, 1 / (options.temperature * gain),
+        side.n, n_pad, given.shape[1], grid[1], D=width, ROWS=rows, PER_ROW=options.reduction == "none", num_warps=4,
+    )  # fmt: skip
+    return du
+
+
+def _side(u, labels, instances, views, predictions, options) -> Side:
     n, n_features = u.shape
     n_pad = -(-n // PAD) * PAD
     width = max(16, 1 << (n_features - 1).bit_length())
@@ -239,44 +298,48 @@ def _side(u, labels, instances, views, options) -> Side:
         raise NotImplementedError(f"{n_pad} rows of {width} features pass the kernels' 32-bit offsets")
     z = torch.empty((n_pad, width), dtype=torch.float16 if options.precision == "fp16" else torch.float32, device=u.device)
     norms = torch.empty((2, n_pad), dtype=torch.float32, device=u.device)
-    ids = torch.zeros((3, n_pad), dtype=torch.int32, device=u.device)
+    ids = torch.zeros((4, n_pad), dtype=torch.int32, device=u.device)
     rows = max(1, 2048 // width)
     supcon.normalize[(n_pad // rows,)](
         u.contiguous(), labels.contiguous(), z, ids, norms, n, n_pad, n_features,
         D=width, ROWS=rows, TF32=options.precision == "tf32", num_warps=4,
     )  # fmt: skip
-    for index, values in ((1, instances), (2, views)):
+    for index, values in ((1, instances), (2, views), (3, predictions)):
         if values is not None:
             ids[index, :n] = values
     return Side(z, ids, norms, n)
 
 
-def _plan(kernel, own, keys, options, views=False):
-    """Tile of the kernel, number of programs that share the columns, and the columns of each."""
-    arch = config.architecture(own.z.device)
-    tile = config.tile(kernel, arch, options.precision, own.z.shape[1], own.n, views)
-    row_blocks, column_tiles = len(own.z) // tile.rows, -(-keys.n // tile.columns)
+def _plan(kernel, side, other, options, views=False):
+    """Grid of a pass of `side`'s rows over `other`'s, the columns of one program, and the tile as the kernels' arguments."""
+    arch = config.architecture(side.z.device)
+    width = side.z.shape[1]
+    tile = config.tile(kernel, arch, options.precision, width, side.n, views or not options.plain)
+    row_blocks, column_tiles = len(side.z) // tile.rows, -(-other.n // tile.columns)
     split = min(column_tiles, max(1, -(-2 * config.MULTIPROCESSORS[arch] // row_blocks)))
     per_program = -(-column_tiles // split)
-    return tile, -(-column_tiles // per_program), per_program * tile.columns
+    tiles = {"D": width, "BM": tile.rows, "BN": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
+    return (row_blocks, -(-column_tiles // per_program)), per_program * tile.columns, tiles
 
 
-def _pair_arguments(saved):
-    own, keys, unused = saved.anchors, saved.keys, saved.totals
-    views = saved.coef is not None
-    matrices = (saved.coef, saved.mask, saved.coef.shape[1]) if views else (unused, unused, 0)
-    return own.z, own.ids, own.norms[1], len(own.z), keys.z, keys.ids, keys.norms[1], len(keys.z), keys.n, *matrices
+def _log2_per(options):
+    """log2(e) / tau: exponents are of base 2."""
+    return supcon_pairs.LOG2E.value / options.temperature
 
 
-def _pair_flags(saved, options, beta):
+def _pair_arguments(saved, side, other):
+    unused = saved.totals
+    matrices = (saved.coef, saved.mask, saved.coef.shape[1]) if saved.coef is not None else (unused, unused, 0)
+    return side.z, side.ids, side.norms[1], len(side.z), other.z, other.ids, other.norms[1], len(other.z), other.n, *matrices
+
+
+def _set_flags(saved, options):
     return {
         "DOT": "ieee" if options.precision == "ieee" else "tf32",
-        "WEIGHT": options.weight,
-        "BETA_TENSOR": isinstance(beta, Tensor),
-        "NEGATIVES": options.denominator == "negatives",
         "SELF": saved.keys is saved.anchors,
         "INSTANCES": saved.instances,
         "VIEWS": saved.coef is not None,
+        "SELECTION": options.selection,
     }
 
 

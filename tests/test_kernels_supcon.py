@@ -1,81 +1,25 @@
 """The SupCon kernels under Triton's interpreter against fp64 autograd of the dense reference."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from fastanchor.kernels import config, supcon, supcon_launch
-from fastanchor.kernels.supcon_launch import Options, backward, forward, loss_and_grad, supported
+from fastanchor.kernels import config, supcon, supcon_launch, supcon_pairs
+from fastanchor.kernels.supcon_launch import Options, loss_and_grad, supported
 from interpreter import interpreted
 from supcon_helpers import COEF, MASK, relative
+from supcon_truth import SPREAD, check, data, ours, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastanchor.reference.hard_supcon import hard_supcon
 
-SPREAD = {
-    "random": 0.0,
-    "mid": 1.0,
-    "trained": 7.0,
-}  # length of the class centre beside unit noise: cosine in a class 0, 0.5, 0.98
-
 
 @pytest.fixture(autouse=True)
 def on_the_interpreter():
-    with interpreted(supcon):
+    with interpreted(supcon, supcon_pairs):
         yield
-
-
-@functools.cache
-def data(regime, n, d, classes=10, seed=0):
-    """fp32 rows of norms 0.5 to 1.5, and labels."""
-    g = torch.Generator().manual_seed(seed)
-    centre = F.normalize(torch.randn(classes, d, generator=g, dtype=torch.float64))
-    y = torch.randint(classes, (n,), generator=g)
-    u = SPREAD[regime] * centre[y] + F.normalize(torch.randn(n, d, generator=g, dtype=torch.float64))
-    return (u / u.norm(dim=1, keepdim=True) * (0.5 + torch.rand(n, 1, generator=g))).float(), y
-
-
-def truth(u, y, dtype=torch.float64, unit=None, upstream=None, **options):
-    """Loss and gradient by autograd of the reference in `dtype`; `unit` rounds the unit rows that it sees, as storing them does."""
-    x = u.to(dtype).requires_grad_()
-    seen = x
-    if unit is not None:
-        z = F.normalize(x)
-        seen = z + (z.to(unit).to(dtype) - z).detach()
-    loss = hard_supcon(seen, y, **options)
-    (grad,) = torch.autograd.grad(loss, x, upstream)
-    return loss.detach(), grad
-
-
-def ours(u, y, precision="ieee", upstream=None, beta=2.0, **options):
-    pair_names = (
-        "anchors", "views", "positive_coef", "denominator_mask", "instances",
-        "ref_embeddings", "ref_labels", "ref_views", "ref_instances",
-    )  # fmt: skip
-    pairs = {name: options.pop(name) for name in pair_names if name in options}
-    chosen = Options(precision=precision, **options)
-    if upstream is None:
-        return loss_and_grad(u, y, chosen, beta, **pairs)
-    loss, saved = forward(u, y, chosen, beta, **pairs)
-    return loss, backward(saved, upstream, u, chosen, beta)
-
-
-def check(u, y, **options):
-    """Loss and gradient within 1e-6 of fp64 in the relative Frobenius norm, or twice eager fp32's; both exactly 0 where they are.
-
-    Beyond random embeddings the gradient amplifies the rounding of the similarities, whoever computes them, past 1e-6.
-    """
-    results = ours(u, y, **options)
-    assert results[1].dtype == u.dtype and torch.isfinite(results[1]).all()
-    for got, want, eager in zip(results, truth(u, y, **options), truth(u, y, dtype=torch.float32, **options), strict=True):
-        if want.norm() == 0:
-            assert not got.any()
-        else:
-            assert relative(got.double(), want) <= max(1e-6, 2 * relative(eager.double(), want))
 
 
 # ---------------------------------------------------------------- sizes, regimes, precisions
@@ -298,9 +242,10 @@ class Allocations(TorchDispatchMode):
 
 def test_no_tensor_of_n_times_n_elements_and_no_host_read(monkeypatch):
     """The launches are left out, so that N can be large; what torch allocates around them is counted."""
-    for name, value in list(vars(supcon).items()):
-        if hasattr(value, "arg_names"):
-            monkeypatch.setattr(supcon, name, _Idle())
+    for module in (supcon, supcon_pairs):
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "arg_names"):
+                monkeypatch.setattr(module, name, _Idle())
     n = 16384
     with Allocations() as seen:
         ours(torch.zeros(n, 64), torch.zeros(n, dtype=torch.long), precision="fp16")
@@ -321,11 +266,10 @@ class _Idle:
 @pytest.mark.parametrize("kernel", ["row_stats", "gradient"])
 def test_the_split_covers_every_column_once_and_no_program_is_idle(kernel, n, d, precision):
     side = supcon_launch.Side(torch.empty(-(-n // 128) * 128, d, device="meta"), None, None, n)
-    tile, split, span = supcon_launch._plan(kernel, side, side, Options(precision=precision))
-    assert 128 % tile.rows == 0 and 128 % tile.columns == 0 and span % tile.columns == 0
-    assert (split - 1) * span < n <= split * span
-    columns = -(-n // tile.columns)
-    assert split == columns or split * len(side.z) // tile.rows >= config.MULTIPROCESSORS[90]
+    (row_blocks, split), span, tile = supcon_launch._plan(kernel, side, side, Options(precision=precision))
+    assert 128 % tile["BM"] == 0 and 128 % tile["BN"] == 0 and span % tile["BN"] == 0
+    assert row_blocks * tile["BM"] == len(side.z) and (split - 1) * span < n <= split * span
+    assert split == -(-n // tile["BN"]) or split * row_blocks >= config.MULTIPROCESSORS[90]
 
 
 # ---------------------------------------------------------------- what is not covered
@@ -334,9 +278,9 @@ def test_the_split_covers_every_column_once_and_no_program_is_idle(kernel, n, d,
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"temperature": 0.02}, "temperature >= 0.03"),
-        ({"weight": "topk"}, "topk"),
-        ({"denominator": "pairwise"}, "pairwise"),
+        ({"temperature": 0.0005}, "temperature >= 0.001"),
+        ({"weight": "topk", "k": 64}, "k = 63"),
+        ({"hard_negative_beta": -41.0}, "hard_negative_beta"),
         ({"precision": "bf16"}, "bf16"),
         ({"weight": "pow", "gamma": 0.5, "detach_weights": False}, "too steep"),
         ({"weight": "pow", "gamma": 6.0}, "gamma"),
@@ -355,8 +299,7 @@ def test_unsupported_inputs_are_named():
         ((Options(), 513, torch.float32), "513"),
         ((Options(), 128, torch.float64), "fp64"),
         ((Options(), 128, torch.float32, 41.0), "beta"),
+        ((Options(denominator="pairwise"), 512, torch.float32), "do not fit"),
     ):
         ok, reason = supported(*arguments)
         assert not ok and says in reason
-    for more in ({"hard_negative_beta": 1.0}, {"keys_need_gradient": True}):
-        assert not supported(Options(), 128, torch.float32, **more)[0]
