@@ -119,6 +119,8 @@ class LossConfig:
     """Weights divided by their sum or by the number of positives."""
     denominator: Literal["all", "pairwise", "negatives"] = "all"
     """Which pairs the softmax runs over."""
+    hsc_precision: Literal["fp16", "tf32", "ieee"] = "fp16"
+    """How the kernels keep the unit rows; ieee is fp32 without tensor cores. Plain PyTorch computes in fp32."""
     views: Literal["aug+adv", "clean+aug+adv"] = "aug+adv"
     """Views that enter the contrastive loss."""
 
@@ -167,6 +169,9 @@ class EngineConfig:
     """Replay the whole training step as one CUDA graph. auto: on a GPU, where it can be captured | on: that or an error | off."""
     compile: bool = False
     """torch.compile the attack's step and the training forward: a minute or more at the start, faster steps after it."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Triton kernels for the contrastive loss, the attack and the augmentation. auto: on a GPU, where they have agreed with plain
+    PyTorch | on: that or an error (on a CPU: their plain PyTorch counterparts) | off."""
 
 
 @dataclass(frozen=True)

@@ -426,8 +426,9 @@ def test_good_settings_pass():
     check_config(parse("--loss.hsc", "0", "--attack.objective", "ce"))
 
 
-def test_on_and_off_of_yaml_are_texts(tmp_path):
+@pytest.mark.parametrize("key", ["graph", "kernels"])
+def test_on_and_off_of_yaml_are_texts(tmp_path, key):
     """YAML reads them as truth values."""
     for text, value in (("off", "off"), ("on", "on"), ("auto", "auto")):
-        (tmp_path / "recipe.yaml").write_text(f"engine: {{graph: {text}}}\n")
-        assert load_file(tmp_path / "recipe.yaml").engine.graph == value
+        (tmp_path / "recipe.yaml").write_text(f"engine: {{{key}: {text}}}\n")
+        assert getattr(load_file(tmp_path / "recipe.yaml").engine, key) == value

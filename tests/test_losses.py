@@ -47,7 +47,7 @@ def test_the_defaults_are_those_of_the_reference():
     ours = inspect.signature(HardSupConLoss).parameters
     theirs = inspect.signature(hard_supcon).parameters
     shared = ours.keys() & theirs.keys()
-    assert ours.keys() - shared == {"backend"}
+    assert ours.keys() - shared == {"backend", "precision"}
     assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}
     assert inspect.signature(SupConLoss).parameters.keys() < ours.keys()
 
@@ -184,6 +184,39 @@ def test_beta_tensor_is_a_buffer_that_is_changed_in_place():
     torch.testing.assert_close(number(u, y), loss(u, y), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("selection", ["hard", "soft", "merge", "leaking"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ascl_selects_by_predictions(selection, backend):
+    (u, y), (key, key_labels) = batch(), batch(n=15, seed=1)
+    right = torch.rand(20, generator=torch.Generator().manual_seed(2)) < 0.6
+    p, key_p = torch.where(right, y, 0), torch.arange(15) % 4
+    loss = SupConLoss(0.2, selection=selection, reduction="mean_all", backend=backend)
+    options = {"temperature": 0.2, "weight": "uniform", "selection": selection, "reduction": "mean_all"}
+    torch.testing.assert_close(loss(u, y, predictions=p), hard_supcon(u, y, predictions=p, **options), **EXACT)
+    assert abs(loss(u, y, predictions=p) - SupConLoss(0.2, reduction="mean_all")(u, y)) > 1e-3
+    expected = hard_supcon(u, y, ref_embeddings=key, ref_labels=key_labels, predictions=p, ref_predictions=key_p, **options)
+    torch.testing.assert_close(loss(u, y, key, key_labels, predictions=p, ref_predictions=key_p), expected, **EXACT)
+
+
+def test_precision_is_that_of_the_kernels_alone():
+    u, y = batch()
+    for precision in ("tf32", "ieee"):
+        for backend in BACKENDS:
+            torch.testing.assert_close(HardSupConLoss(precision=precision, backend=backend)(u, y), hard_supcon(u, y), **EXACT)
+
+
+def test_keys_get_a_gradient_by_every_backend():
+    (u, y), (key, key_labels) = batch(), batch(n=15, seed=1)
+    found = []
+    for backend in BACKENDS:
+        x, k = u.clone().requires_grad_(), key.clone().requires_grad_()
+        HardSupConLoss(backend=backend)(x, y, k, key_labels).backward()
+        found.append(torch.cat([x.grad, k.grad]))
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], **EXACT)
+    assert found[0][20:].any()
+
+
 def test_view_matrices_are_buffers_outside_the_state_dict():
     loss = HardSupConLoss(positive_coef=[[1.0, 0.0], [0.0, 1.0]])
     assert dict(loss.named_buffers()).keys() == {"positive_coef"} and not loss.state_dict()
@@ -222,6 +255,7 @@ def test_cuda_never_synchronises(weight, denominator):
 
 def test_repr_names_the_options_that_bear_on_the_loss():
     assert repr(HardSupConLoss()) == "HardSupConLoss(temperature=0.1, weight=exp, beta=2.0, backend=auto)"
+    assert HardSupConLoss(precision="ieee").extra_repr() == "temperature=0.1, weight=exp, beta=2.0, precision=ieee, backend=auto"
     assert repr(SupConLoss(0.2, scale=2.0)) == "SupConLoss(temperature=0.2, weight=uniform, scale=2.0, backend=auto)"
     topk = HardSupConLoss(0.2, torch.tensor(1.0), "topk", k=3, detach_keys=True, positive_coef=[[1.0]], backend="torch")
     assert topk.extra_repr() == "temperature=0.2, weight=topk, k=3, detach_keys=True, positive_coef=<tensor>, backend=torch"
@@ -238,7 +272,9 @@ def test_auto_chooses_an_implementation():
     [
         ({"temperature": 0}, "temperature is 0, but must be > 0"),
         ({"weight": "hard"}, "weight is 'hard', but must be one of uniform, exp, pow, topk"),
-        ({"backend": "trition"}, "backend is 'trition', but must be one of auto, torch"),
+        ({"backend": "trition"}, "backend is 'trition', but must be one of auto, torch, triton; did you mean 'triton'"),
+        ({"precision": "bf16"}, "precision is 'bf16', but must be one of fp16, tf32, ieee"),
+        ({"selection": "leak"}, "selection is 'leak', but must be one of all, hard, soft, merge, leaking"),
         ({"k": -1}, "k is -1"),
         ({"reduction": "mean"}, "reduction is 'mean'"),
         ({"beta": "2"}, "beta is '2'"),

@@ -10,16 +10,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastanchor import ops
+from fastanchor.errors import UserError
+from fastanchor.ops.supcon import refuses_gradients, serves
 from fastanchor.reference.checks import check_name, check_options
 from fastanchor.reference.hard_supcon import hard_supcon
+from fastanchor.reference.pairs import anchor_mask, check_pairs
 
-IMPLEMENTATIONS = {"torch": hard_supcon}
+PAIRS = (
+    "views", "positive_coef", "denominator_mask", "instances", "selection", "predictions", "ref_embeddings", "ref_labels",
+    "ref_views", "ref_instances", "ref_predictions",
+)  # fmt: skip
+
+
+def choose_backend(backend: str, embeddings: Tensor, **options) -> str:
+    """The name of the implementation that computes the loss of `embeddings` with these options of the reference.
+
+    `auto` is resolved here and nowhere else: the kernels where they run, cover the options and have agreed with the reference on
+    this device, else the dense reference.
+    """
+    if backend != "auto":
+        return backend
+    return "triton" if serves(embeddings, **options)[0] else "torch"
+
+
+def _torch(embeddings: Tensor, labels: Tensor, *, precision: str, **options) -> Tensor:
+    return hard_supcon(embeddings, labels, **options)
+
+
+def _triton(embeddings: Tensor, labels: Tensor, **options) -> Tensor:
+    """The kernels on CUDA, or the reason why not; elsewhere the operator's other implementation, which is the reference."""
+    reason = refuses_gradients(**options)
+    if embeddings.is_cuda:
+        served, reason = serves(embeddings, **options)
+        reason = "" if served else reason
+    if reason:
+        raise UserError(f"backend is 'triton', but {reason}")
+    anchors = anchor_mask(options.pop("anchors"), options["views"], embeddings)
+    return ops.hard_supcon(embeddings, labels, anchors=anchors, **options)
+
+
+IMPLEMENTATIONS = {"torch": _torch, "triton": _triton}
 BACKENDS = ("auto", *IMPLEMENTATIONS)
-
-
-def choose_backend(backend: str, embeddings: Tensor) -> str:
-    """The name of the implementation that computes the loss of `embeddings`. `auto` is resolved here and nowhere else."""
-    return "torch" if backend == "auto" else backend
 
 
 class HardSupConLoss(nn.Module):
@@ -35,11 +67,16 @@ class HardSupConLoss(nn.Module):
         G_ia = (g / tau) (q_ia - w_bar_ia),   dL/dZ = (G + G^T) Z,   dL/du_i = (dZ_i - (z_i . dZ_i) z_i) / ||u_i||
 
     temperature (tau), beta, weight ("exp" | "uniform" | "pow" | "topk"), gamma (of pow), k (of topk), detach_weights, normalizer
-    ("sum" | "count"), denominator ("all" | "pairwise" | "negatives"), hard_negative_beta, anchors (view ids of the rows that act
-    as anchors), detach_keys, scale and reduction ("mean_valid" | "mean_all" | "sum" | "none") are those of the reference.
+    ("sum" | "count"), denominator ("all" | "pairwise" | "negatives"), hard_negative_beta, selection ("all" | ASCL's "hard",
+    "soft", "merge", "leaking"), anchors (view ids of the rows that act as anchors), detach_keys, scale and reduction
+    ("mean_valid" | "mean_all" | "sum" | "none") are those of the reference.
     beta may be a 0-d tensor: it becomes a buffer, to be changed in place (`loss.beta.fill_(1.0)`) between replays of a graph.
     positive_coef, denominator_mask: (V, V) tensors or nested sequences, [anchor's view][key's view].
-    backend: "torch" is the dense reference in plain PyTorch, "auto" the fastest that is right for the input.
+    backend: "torch" is the dense reference in plain PyTorch; "triton" the kernels, without an N x N tensor, where they cover the
+    options and have agreed with the reference on the CUDA device, or an error (on a CPU: the reference); "auto" the first of
+    "triton" and "torch" that serves.
+    precision: of the unit rows that the kernels keep, "fp16", "tf32" or "ieee" (fp32, no tensor cores); sums are fp32. In a class
+    of cosine 0.98 the first two give gradients that are a few 1e-3 off. "torch" computes in fp32, or fp64, whatever it says.
     Raises UserError (a ValueError) for a bad argument.
     """
 
@@ -55,6 +92,7 @@ class HardSupConLoss(nn.Module):
         normalizer: str = "sum",
         denominator: str = "all",
         hard_negative_beta: float = 0.0,
+        selection: str = "all",
         positive_coef: Tensor | Sequence[Sequence[float]] | None = None,
         denominator_mask: Tensor | Sequence[Sequence[float]] | None = None,
         anchors: int | Sequence[int] | None = None,
@@ -62,6 +100,7 @@ class HardSupConLoss(nn.Module):
         scale: float = 1.0,
         reduction: str = "mean_valid",
         backend: str = "auto",
+        precision: str = "fp16",
     ):
         super().__init__()
         checked = {
@@ -72,8 +111,10 @@ class HardSupConLoss(nn.Module):
             "normalizer": normalizer,
             "denominator": denominator,
             "hard_negative_beta": hard_negative_beta,
+            "selection": selection,
             "scale": scale,
             "reduction": reduction,
+            "precision": precision,
         }
         check_options(beta=beta, **checked)
         check_name("backend", backend, BACKENDS)
@@ -99,28 +140,33 @@ class HardSupConLoss(nn.Module):
         ref_views: Tensor | None = None,
         instances: Tensor | None = None,
         ref_instances: Tensor | None = None,
+        predictions: Tensor | None = None,
+        ref_predictions: Tensor | None = None,
     ) -> Tensor:
         """embeddings (N, D) floating, of any norm; labels (N,) integer. ref_emb (M, D), ref_labels (M,): keys instead of the rows
         themselves; no pair is then a self pair. views, ref_views: view id of each row, for positive_coef, denominator_mask and
-        anchors. instances, ref_instances: only rows of one instance are positives.
+        anchors. instances, ref_instances: only rows of one instance are positives. predictions, ref_predictions: predicted class
+        of each row, for `selection`.
 
         Returns fp32 (fp64 for fp64 embeddings), also inside an autocast region: a 0-d tensor, or (N,) for reduction="none".
         Raises UserError (a ValueError) for shapes and dtypes that do not fit.
         """
-        return IMPLEMENTATIONS[choose_backend(self.backend, embeddings)](
-            embeddings,
-            labels,
-            beta=self.beta,
-            positive_coef=self.positive_coef,
-            denominator_mask=self.denominator_mask,
-            views=views,
-            ref_views=ref_views,
-            instances=instances,
-            ref_instances=ref_instances,
-            ref_embeddings=ref_emb,
-            ref_labels=ref_labels,
+        options = {
+            "beta": self.beta,
+            "positive_coef": self.positive_coef,
+            "denominator_mask": self.denominator_mask,
+            "views": views,
+            "ref_views": ref_views,
+            "instances": instances,
+            "ref_instances": ref_instances,
+            "predictions": predictions,
+            "ref_predictions": ref_predictions,
+            "ref_embeddings": ref_emb,
+            "ref_labels": ref_labels,
             **self.options,
-        )
+        }
+        check_pairs(embeddings, labels, **{name: options[name] for name in PAIRS})
+        return IMPLEMENTATIONS[choose_backend(self.backend, embeddings, **options)](embeddings, labels, **options)
 
     def extra_repr(self) -> str:
         """The options that bear on the loss: each weight's own parameters, and whatever differs from the defaults."""
@@ -150,6 +196,7 @@ class SupConLoss(HardSupConLoss):
         *,
         denominator: str = "all",
         hard_negative_beta: float = 0.0,
+        selection: str = "all",
         positive_coef: Tensor | Sequence[Sequence[float]] | None = None,
         denominator_mask: Tensor | Sequence[Sequence[float]] | None = None,
         anchors: int | Sequence[int] | None = None,
@@ -157,12 +204,14 @@ class SupConLoss(HardSupConLoss):
         scale: float = 1.0,
         reduction: str = "mean_valid",
         backend: str = "auto",
+        precision: str = "fp16",
     ):
         super().__init__(
             temperature,
             weight="uniform",
             denominator=denominator,
             hard_negative_beta=hard_negative_beta,
+            selection=selection,
             positive_coef=positive_coef,
             denominator_mask=denominator_mask,
             anchors=anchors,
@@ -170,4 +219,5 @@ class SupConLoss(HardSupConLoss):
             scale=scale,
             reduction=reduction,
             backend=backend,
+            precision=precision,
         )

@@ -13,11 +13,15 @@ NORMALIZERS = ("sum", "count")
 DENOMINATORS = ("all", "pairwise", "negatives")
 SELECTIONS = ("all", "hard", "soft", "merge", "leaking")
 REDUCTIONS = ("mean_valid", "mean_all", "sum", "none")
+PRECISIONS = ("fp16", "tf32", "ieee")
 
 
 def check_options(**options) -> None:
     """Raise UserError for a bad option of `hard_supcon` that is a number or a name; of a tensor `beta` only the shape is read."""
-    names = {"weight": WEIGHTS, "normalizer": NORMALIZERS, "denominator": DENOMINATORS, "reduction": REDUCTIONS}
+    names = {
+        "weight": WEIGHTS, "normalizer": NORMALIZERS, "denominator": DENOMINATORS, "selection": SELECTIONS,
+        "reduction": REDUCTIONS, "precision": PRECISIONS,
+    }  # fmt: skip
     for name, value in options.items():
         if name in names:
             check_name(name, value, names[name])
@@ -40,7 +44,10 @@ def check_name(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_rows(name: str, embeddings: Tensor, **ids: Tensor | None) -> None:
-    """Raise UserError unless `embeddings` is (N, D) floating and each of `ids` (N,) integer; the first, labels, must be there."""
+    """Raise UserError unless `embeddings` is (N, D) floating and each of `ids` (N,) integer on its device.
+
+    The first of them, labels, must be there.
+    """
     if not isinstance(embeddings, Tensor) or embeddings.dim() != 2 or not embeddings.is_floating_point() or 0 in embeddings.shape:
         raise UserError(f"{name} is {describe(embeddings)}, but must be a floating tensor of shape (rows, features), not empty")
     for position, (id_name, value) in enumerate(ids.items()):
@@ -53,6 +60,7 @@ def check_rows(name: str, embeddings: Tensor, **ids: Tensor | None) -> None:
                 f"{id_name} is {describe(value)}, but must be an integer tensor of shape ({embeddings.shape[0]},) as {name} has "
                 f"{embeddings.shape[0]} rows"
             )
+        _check_device(id_name, value, name, embeddings)
 
 
 def check_view_matrices(positive_coef, denominator_mask, views, ref_views) -> None:
@@ -64,9 +72,16 @@ def check_view_matrices(positive_coef, denominator_mask, views, ref_views) -> No
             raise UserError(f"{name} is {describe(value)}, but must be a tensor of shape (views, views)")
         if views is None or ref_views is None:
             raise UserError(f"{name} is given, but {'views' if views is None else 'ref_views'}, a view id per row, is missing")
+        _check_device(name, value, "views", views)
     if len({value.shape for value in given.values()}) > 1:
         shapes = [tuple(value.shape) for value in matrices.values()]
         raise UserError(f"denominator_mask has shape {shapes[1]}, but must have that of positive_coef, {shapes[0]}")
+
+
+def _check_device(name: str, value: Tensor, other: str, beside: Tensor) -> None:
+    # A kernel would read an address of another device's memory.
+    if value.device != beside.device:
+        raise UserError(f"{name} is on {value.device}, {other} on {beside.device}: must be on one device")
 
 
 def describe(value: object) -> str:
