@@ -1,6 +1,6 @@
 """Random crop and mirror of stored uint8 images to network inputs in one pass: gather, pad, crop, flip, scale, cast.
 
-`apply_crop_flip` and `to_float` of `fastanchor/data/views.py` are the truth, to the bit (on a CPU, where they divide).
+`apply_crop_flip` and `to_float` of `fastanchor/reference/images.py` are the truth, to the bit.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from graph_emulator import Emulator
 from torch import nn
 
 from fastanchor import graphs
-from fastanchor.attacks import PGD
+from fastanchor.attacks import PGD, engine
 from fastanchor.attacks.engine import ascend_once
 from fastanchor.attacks.modes import BN_MODES
 from fastanchor.data import sources
@@ -21,6 +21,7 @@ from fastanchor.errors import UserError
 from fastanchor.models import build_model
 from fastanchor.models.folded import FoldedTwin
 from fastanchor.precision import full_precision
+from fastanchor.reference import attacks as reference
 
 EPS, STEP = 0.1, 0.025
 OBJECTIVES = ("ce", "cw", "kl")
@@ -107,6 +108,25 @@ def test_robust_accuracy_on_a_trained_network_is_that_of_the_reference(recorder,
     few = found("eager", 64)
     assert torch.equal(found("graphed", 64), few)
     assert ((found("compiled", 64) - few).abs() > 1e-6).double().mean() < (0.002 if objective == "ce" else 0.1)
+
+
+@pytest.mark.parametrize("input_gradient", [engine._input_gradient, reference.input_gradient], ids=["engine", "reference"])
+def test_autocast_leaves_the_backward_pass_of_an_objective_alone(input_gradient):
+    """A matrix product in an objective, as of a contrastive loss, is fp32 on the way back too."""
+    images, mix = torch.rand(8, 3, 4, 4), torch.randn(48, 48)
+
+    def objective(outputs, labels, *clean):
+        with torch.autocast("cpu", enabled=False):
+            return (outputs @ mix).square().sum(1)
+
+    def gradient():
+        if input_gradient is reference.input_gradient:
+            return reference.input_gradient(nn.Flatten(), images, None, objective)
+        return engine._input_gradient(nn.Flatten(), objective, (), images, None, None)
+
+    plain = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gradient(), plain)
 
 
 def test_bf16_on_the_twin_is_bf16_on_the_model_to_its_rounding(trained):

@@ -6,19 +6,37 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastanchor.attacks.graphed import GraphedAttacks
 from fastanchor.errors import UserError
-from fastanchor.models.folded import CannotFold, FoldedTwin, fingerprint, fold
+from fastanchor.models.fingerprint import fingerprint
+from fastanchor.models.folded import CannotFold, FoldedTwin, fold
+from fastanchor.ops import images as operators
 from fastanchor.reference import attacks as reference
 
 BACKENDS = ("auto", "reference", "eager", "compiled", "graphed")
+
+
+class Fused(NamedTuple):
+    """What of a step is done by operators of `ops.images`. It is hashable, to be a part of a graph's key.
+
+    head: (logits, labels, clean outputs) -> the objective's gradient with respect to the logits; None: autograd's. norm: of the
+    update that is one operator; None: plain torch.
+    """
+
+    head: Callable | None = None
+    norm: str | None = None
+
+
+PLAIN = Fused()
 
 
 class Engine:
@@ -57,9 +75,29 @@ class Engine:
         self.notes["folded"] = f"yes: {twin.folded} BatchNorms in {len(twin.layers)} convolutions{kept}"
         return twin
 
-    def step(self, backend: str) -> Callable:
+    def fused(self, mode: str, backend: str, head: tuple[str, Callable] | None, norm: str, device: torch.device) -> Fused:
+        """What of a step operators do on this device. mode: `kernels` of the attack; head: name and function of the objective's.
+
+        The first answer for a device compiles and checks kernels: not while a graph is captured. Raises UserError for mode "on".
+        """
+        if backend == "compiled":
+            self.notes["kernels"] = "no: the compiler fuses the step"
+            return PLAIN
+        parts = {"step": f"pgd_step_{norm}", **({"logit gradient": head[0]} if head else {})}
+        found = {part: operators.decide(name, mode, device) for part, name in parts.items()}
+        used = [part for part, (good, _) in found.items() if good]
+        unused = [f"no {part}: {reason}" for part, (good, reason) in found.items() if not good]
+        if used:
+            self.notes["kernels"] = "; ".join([f"yes: {' and '.join(used)}, {found[used[0]][1]}", *unused])
+        else:
+            self.notes["kernels"] = f"no: {'; '.join(dict.fromkeys(reason for _, reason in found.values()))}"
+        return Fused(head[1] if "logit gradient" in used else None, norm if "step" in used else None)
+
+    def step(self, backend: str, fused: Fused = PLAIN) -> Callable:
         """`ascend_once`, compiled where asked for."""
-        return self._compiled_step if backend == "compiled" else ascend_once
+        if backend == "compiled":
+            return self._compiled_step
+        return functools.partial(ascend_once, fused=fused)
 
     def _compiled_step(self, network: nn.Module, objective: Callable, clean: tuple, x_adv: Tensor, *arguments) -> Tensor:
         """`ascend_once` compiled, anew for every network and shape: of one function dynamo tolerates few recompilations."""
@@ -95,17 +133,31 @@ def own_code(function: Callable) -> Callable:
 
 def ascend_once(
     network: nn.Module, objective: Callable, clean: tuple, x_adv: Tensor, labels: Tensor, images: Tensor, bounds: tuple | None,
-    eps: float, step_size: float,
+    eps: float, step_size: float, fused: Fused = PLAIN,
 ) -> Tensor:  # fmt: skip
-    """One gradient step and projection; bounds: linf's (lower, upper) by pixel, ball and box in one, or None for l2."""
+    """One gradient step and projection; bounds: `ops.images.linf_bounds`, which the plain linf update needs, or None."""
+    gradient = _input_gradient(network, objective, clean, x_adv, labels, fused.head)
+    x_adv = x_adv.detach()
+    if fused.norm is not None:
+        return operators.pgd_step(x_adv, gradient, images, eps=eps, step_size=step_size, norm=fused.norm)
+    if bounds is not None:
+        return operators.linf_step(x_adv, gradient, bounds, step_size)
+    return reference.project(reference.ascend(x_adv, gradient, step_size, "l2"), images, eps, "l2")
+
+
+def _input_gradient(network, objective, clean: tuple, x_adv: Tensor, labels: Tensor, head: Callable | None) -> Tensor:
+    """Of the objective's sum over the batch."""
     x_adv = x_adv.detach().requires_grad_()
     with torch.enable_grad():
-        value = evaluate(objective, forward(network, x_adv), labels, clean).sum()
-    (gradient,) = torch.autograd.grad(value, (x_adv,))
-    x_adv = x_adv.detach()
-    if bounds is not None:
-        return torch.clamp(x_adv.add(gradient.sign(), alpha=step_size), *bounds)
-    return reference.project(reference.ascend(x_adv, gradient, step_size, "l2"), images, eps, "l2")
+        outputs = forward(network, x_adv)
+        logits = first(outputs)
+        by_head = head is not None and operators.heads_take(logits)
+        value = None if by_head else evaluate(objective, outputs, labels, clean).sum()
+    # Autocast would reach the backward pass too, and make fp32 products of the objective bf16 ones.
+    with torch.autocast(x_adv.device.type, enabled=False):
+        if by_head:
+            return torch.autograd.grad(logits, x_adv, head(logits.detach(), labels, clean))[0]
+        return torch.autograd.grad(value, x_adv)[0]
 
 
 def forward(network: nn.Module, images: Tensor):

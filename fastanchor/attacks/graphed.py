@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastanchor import graphs
-from fastanchor.models.folded import fingerprint, has_hooks
+from fastanchor.models.fingerprint import fingerprint, has_hooks
 from fastanchor.precision import fp32_meaning
 
 

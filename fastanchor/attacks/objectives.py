@@ -1,4 +1,4 @@
-"""Names of attack objectives, and the mark of those that also look at the clean images."""
+"""Names of attack objectives, the mark of those that also look at the clean images, and their gradients by one operator each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastanchor.attacks.engine import first
 from fastanchor.errors import UserError, did_you_mean
+from fastanchor.ops import images as operators
 from fastanchor.reference import objectives
 
 
@@ -42,3 +43,27 @@ def _kl(outputs, labels: Tensor, clean) -> Tensor:
 
 
 OBJECTIVES: dict[str, Callable] = {"ce": objectives.cross_entropy, "cw": objectives.cw_margin, "kl": _kl}
+
+
+def _ce_gradient(logits: Tensor, labels: Tensor, clean: tuple) -> Tensor:
+    return operators.label_head(logits, labels, "ce")[1]
+
+
+def _cw_gradient(logits: Tensor, labels: Tensor, clean: tuple) -> Tensor:
+    return operators.label_head(logits, labels, "cw")[1]
+
+
+def _kl_gradient(logits: Tensor, labels: Tensor, clean: tuple) -> Tensor:
+    return operators.kl_head(logits, first(clean[0]))[1]
+
+
+def head_of(objective: Callable) -> tuple[str, Callable] | None:
+    """The objective's head, if any: its name among `ops.images.CHECKS`, and (logits, labels, clean outputs) -> logit gradient."""
+    return next((head for known, head in _HEADS if known is objective), None)
+
+
+_HEADS = (
+    (OBJECTIVES["ce"], ("label_head_ce", _ce_gradient)),
+    (OBJECTIVES["cw"], ("label_head_cw", _cw_gradient)),
+    (OBJECTIVES["kl"], ("kl_head", _kl_gradient)),
+)

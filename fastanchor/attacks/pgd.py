@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastanchor.attacks import objectives
-from fastanchor.attacks.engine import BACKENDS, Engine, evaluate, first, forward
+from fastanchor.attacks.engine import BACKENDS, Engine, Fused, evaluate, first, forward
 from fastanchor.attacks.modes import BN_MODES, attack_mode
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.models.folded import FoldedTwin
+from fastanchor.ops import images as operators
 from fastanchor.precision import NO_FP16
 from fastanchor.reference import attacks as reference
 
@@ -39,6 +40,10 @@ class PGD:
     backend: "eager" runs the steps on the model's BN-folded twin (bn "eval"; otherwise on the model), "compiled" compiles a step,
     "graphed" replays the attack as one CUDA graph, "auto" is the fastest of them that is right here and needs no compilation,
     "reference" the plain loop on the model itself. `engine.notes` says what was in use and why.
+    kernels: whether Triton kernels make the step and the gradient of ce, cw and kl with respect to the logits (backends eager and
+    graphed). "auto": on a GPU, where they have agreed with plain torch | "on": that or an error (on a CPU: the same operators,
+    in plain torch) | "off". The linf step is plain torch's to the bit, the gradients to rounding: where the model is all but
+    certain, ce's is more exact.
     check_inputs: look at the values of the first batch (reads them back once); shapes are checked always.
     """
 
@@ -55,6 +60,7 @@ class PGD:
         restarts: int = 1,
         precision: str = "fp32",
         backend: str = "auto",
+        kernels: str = "auto",
         check_inputs: bool = True,
     ):
         if precision in ("fp16", "float16", "half"):
@@ -64,6 +70,7 @@ class PGD:
             ("norm", norm, NORMS),
             ("precision", precision, PRECISIONS),
             ("backend", backend, BACKENDS),
+            ("kernels", kernels, operators.MODES),
             *([] if isinstance(start, Tensor) else [("start", start, STARTS)]),
         ):
             if not isinstance(value, str) or value not in allowed:
@@ -82,7 +89,7 @@ class PGD:
         self.objective = objectives.resolve(objective)
         self.objective_name = objective if isinstance(objective, str) else getattr(objective, "__name__", "custom")
         self.bn, self.start, self.norm, self.precision, self.backend = bn, start, norm, precision, backend
-        self.check_inputs = check_inputs
+        self.kernels, self.check_inputs = kernels, check_inputs
         self.engine = Engine()
 
     def __repr__(self) -> str:
@@ -134,14 +141,18 @@ class PGD:
     def _run(self, model: nn.Module, images: Tensor, labels: Tensor, generator) -> Tensor:
         """The attack by the engine: prepare the network on the host, then run or replay."""
         network = self.engine.network(model, images, self.bn, torch.bfloat16 if self.precision == "bf16" else None)
-        step = self.engine.step(self.backend)
+        head = objectives.head_of(self.objective)
+        # Decided here, in Python: kernels are compiled and checked before anything is captured.
+        fused = self.engine.fused(self.kernels, self.backend, head, self.norm, images.device)
+        step = self.engine.step(self.backend, fused)
 
         def attack(images: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
             if isinstance(network, FoldedTwin):
-                network.refresh()
-            return self._search(network, images, labels, generator, functools.partial(self._fast_loop, step))
+                network.refresh(kernel=self.kernels != "off")
+            loop = functools.partial(self._fast_loop, step, fused)
+            return self._search(network, images, labels, generator, loop)
 
-        x_adv = self._replay(attack, model, network, images, labels, generator) if self._wants_graph(images) else None
+        x_adv = self._replay(attack, fused, model, network, images, labels, generator) if self._wants_graph(images) else None
         return attack(images, labels, generator) if x_adv is None else x_adv
 
     def _wants_graph(self, images: Tensor) -> bool:
@@ -151,7 +162,7 @@ class PGD:
         named = self.objective in objectives.OBJECTIVES.values()
         return self.backend == "auto" and named and images.is_cuda and not torch.cuda.is_current_stream_capturing()
 
-    def _replay(self, attack: Callable, model, network, images: Tensor, labels: Tensor, generator) -> Tensor | None:
+    def _replay(self, attack: Callable, fused: Fused, model, network, images: Tensor, labels: Tensor, generator) -> Tensor | None:
         start = (
             (self.start.data_ptr(), self.start.dtype, self.start.shape, self.start.stride())
             if isinstance(self.start, Tensor)
@@ -159,6 +170,7 @@ class PGD:
         )
         settings = (
             self.eps, self.step_size, self.steps, self.restarts, id(self.objective), self.bn, start, self.norm, self.precision,
+            fused,
         )  # fmt: skip
         x_adv, note = self.engine.graphs.run(settings, attack, model, network, images, labels, generator)
         self.engine.notes["graphed"] = f"{'no' if x_adv is None else 'yes'}: {note}"
@@ -191,14 +203,15 @@ class PGD:
         with torch.no_grad():
             return (forward(network, images),)
 
-    def _fast_loop(self, step: Callable, network, images: Tensor, labels: Tensor, clean: tuple, start: Tensor) -> Tensor:
+    def _fast_loop(
+        self, step: Callable, fused: Fused, network, images: Tensor, labels: Tensor, clean: tuple, start: Tensor
+    ) -> Tensor:
         given = images
         if isinstance(network, FoldedTwin):
             images, start = (x.contiguous(memory_format=torch.channels_last) for x in (images, start))
         x_adv = reference.project(images + start, images, self.eps, self.norm)
-        # Ball and box are one interval a pixel, so one clamp projects on both.
-        linf = self.norm == "linf"
-        bounds = ((images - self.eps).clamp_(0, 1), (images + self.eps).clamp_(0, 1)) if linf else None
+        plain_linf = self.norm == "linf" and fused.norm is None
+        bounds = operators.linf_bounds(images, self.eps) if plain_linf else None
         for _ in range(self.steps):
             x_adv = step(network, self.objective, clean, x_adv, labels, images, bounds, self.eps, self.step_size)
         return x_adv if x_adv.stride() == given.stride() else torch.empty_like(given).copy_(x_adv)

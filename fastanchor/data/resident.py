@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastanchor.data.sources import Split
+from fastanchor.data.views import Rows
 from fastanchor.errors import UserError
 
 Batch = tuple[Tensor, Tensor, Tensor]  # indices int64 (B,), images uint8 (B, H, W, 3), labels int64 (B,)
@@ -48,6 +49,10 @@ class ResidentSplit:
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images uint8 (B, H, W, 3) and labels (B,) of these indices, int64 (B,) on the device."""
         return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+
+    def rows(self, indices: Tensor) -> tuple[Rows, Tensor]:
+        """As `take`, but the images are left where they are, for an augmentation that gathers them itself."""
+        return Rows(self.images, indices), self.labels.index_select(0, indices)
 
     def shuffled(self, batch_size: int, *, generator: torch.Generator, drop_last: bool) -> Iterator[Tensor]:
         """The indices alone of `epoch`'s batches, for a step that takes its images itself; same order, same errors."""

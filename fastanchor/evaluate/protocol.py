@@ -34,7 +34,8 @@ class AttackSpec:
 
     def build(self) -> PGD:
         """One restart of the attack in evaluation form: fp32, running BatchNorm statistics."""
-        return PGD(self.eps, self.step_size, self.steps, self.objective, "eval", self.start, self.norm)
+        # A judged number comes from plain torch: the kernels' gradients are its own only to rounding.
+        return PGD(self.eps, self.step_size, self.steps, self.objective, "eval", self.start, self.norm, kernels="off")
 
     def with_eps(self, eps: float) -> AttackSpec:
         """The same attack at another radius, its step in the same proportion."""

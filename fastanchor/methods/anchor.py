@@ -16,17 +16,21 @@ from torch import Tensor, nn
 
 from fastanchor.attacks import PGD
 from fastanchor.attacks.objectives import with_clean
-from fastanchor.config import AttackConfig, Config
+from fastanchor.config import Config
 from fastanchor.losses import HardSupConLoss
 from fastanchor.methods.base import Method, Outputs
+from fastanchor.ops.supcon import MAX_BETA
 from fastanchor.reference.hard_supcon import effective_positives
 
+LOSS_BACKENDS = {"auto": "auto", "on": "triton", "off": "torch"}
 
-def build_attack(config: AttackConfig, precision: str, objective="ce") -> PGD:
+
+def build_attack(config: Config, objective="ce", **changed) -> PGD:
     """The training adversary of a configuration; its inputs were checked when the data was loaded."""
+    attack = dataclasses.replace(config.attack, **changed)
     return PGD(
-        config.eps, config.step_size, config.steps, objective, config.bn, config.start, config.norm,
-        precision=precision, backend=config.backend, check_inputs=False,
+        attack.eps, attack.step_size, attack.steps, objective, attack.bn, attack.start, attack.norm,
+        precision=config.precision, backend=attack.backend, kernels=config.engine.kernels, check_inputs=False,
     )  # fmt: skip
 
 
@@ -40,6 +44,10 @@ class Anchor(Method):
         if self.embeds:
             wanted |= set(self.weights.views.split("+"))
         self.views = tuple(view for view in ("clean", "aug", "adv") if view in wanted)
+        # A beta that warms up is a tensor, whose value the loss does not look at.
+        too_hard = self.weights.weight == "exp" and abs(self.weights.beta) > MAX_BETA
+        kernels = config.engine.kernels
+        self.loss_backend = "torch" if kernels == "auto" and too_hard else LOSS_BACKENDS[kernels]
 
     def beta(self, progress: Tensor) -> float | Tensor:
         """Hardness after `progress` epochs: rises linearly over the warm-up."""
@@ -52,12 +60,13 @@ class Anchor(Method):
         return HardSupConLoss(
             temperature=loss.temperature, beta=self.beta(progress), weight=loss.weight, gamma=loss.gamma, k=loss.k,
             detach_weights=loss.detach_weights, normalizer=loss.normalizer, denominator=loss.denominator,
+            backend=self.loss_backend, precision=loss.hsc_precision,
         )  # fmt: skip
 
     def attack(self, progress: Tensor) -> PGD:
         kind = self.config.attack.objective
         objective = "ce" if kind == "ce" else self._joint_objective(kind, progress)
-        return build_attack(self.config.attack, self.config.precision, objective)
+        return build_attack(self.config, objective)
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return model if self.config.attack.objective == "ce" else _WithEmbeddings(model)
@@ -113,8 +122,7 @@ class LinearStage(Method):
     def attack(self, progress: Tensor) -> PGD | None:
         # Whatever stage 1's mode: batch statistics would be another network's than the one trained here, and "train" would move
         # the frozen ones.
-        frozen = dataclasses.replace(self.config.attack, bn="eval")
-        return build_attack(frozen, self.config.precision) if self.adversarial else None
+        return build_attack(self.config, bn="eval") if self.adversarial else None
 
     def trainable(self, model: nn.Module) -> list[nn.Parameter]:
         return list(model.classifier.parameters())

@@ -16,7 +16,9 @@ def input_gradient(model: Callable[[Tensor], Tensor], images: Tensor, labels: Te
     images = images.detach().requires_grad_()
     with torch.enable_grad():
         value = objective(model(images), labels).sum()
-    return torch.autograd.grad(value, images)[0]
+    # Autocast, where the caller is inside it, is for the forward pass only.
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.autograd.grad(value, images)[0]
 
 
 def l2_norms(images: Tensor) -> Tensor:

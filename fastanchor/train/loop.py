@@ -214,7 +214,7 @@ class _Trainer:
         method = build_method(config, number)
         optimizer = build_optimizer(method.trainable(self.model), config.optim)
         average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-        step = TrainStep(config, method, self.model, optimizer, average, self.device, self.train_set.take)
+        step = TrainStep(config, method, self.model, optimizer, average, self.device, self.train_set.rows)
         cost = step_cost(method, self.model, tuple(self.train_set.images.shape[1:3]))
         stage = _Stage(number, step, cost, average)
         first = 1

@@ -16,6 +16,7 @@ from fastanchor.config import Config
 from fastanchor.data import views as augmentation
 from fastanchor.errors import UserError
 from fastanchor.methods import Method
+from fastanchor.ops import images as operators
 from fastanchor.train.optim import WeightAverage, capturable, state_tensors
 
 
@@ -46,13 +47,14 @@ def as_given(images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class TrainStep:
     """Callable on a batch; owns the sums that an epoch's metrics are made of.
 
-    load: from what a batch is made of (indices into a resident set, say) to images uint8 (B, H, W, 3) and labels (B,), on the
-    device; it is a part of the step, and of its graph. notes: how the step is run and why, for people, after the first one.
+    load: from what a batch is made of (indices into a resident set, say) to images uint8 (B, H, W, 3), or the `Rows` of a store,
+    and labels (B,), on the device; it is a part of the step, and of its graph. notes: how the step is run and why, for people,
+    after the first one.
     """
 
     def __init__(
         self, config: Config, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
-        device: torch.device, load: Callable[..., tuple[Tensor, Tensor]] = as_given,
+        device: torch.device, load: Callable[..., tuple[Tensor | augmentation.Rows, Tensor]] = as_given,
     ):  # fmt: skip
         self.config, self.method, self.model, self.optimizer, self.average = config, method, model, optimizer, average
         self.device, self.load = device, load
@@ -72,6 +74,7 @@ class TrainStep:
         self.graphed, self.notes["graphed"] = self._decide_graph()
         if config.engine.compile:
             self.notes["compiled"] = "yes: the attack's step and the training forward"
+        self.fused_views, self._views_note = self._decide_views()
         self._asked_backend = None if self.attack is None else self.attack.backend
         if self.attack is not None and self.attack.backend in ("auto", "graphed") and (self.graphed or config.engine.compile):
             # The attack becomes a part of the step's own graph.
@@ -89,6 +92,12 @@ class TrainStep:
             return False, f"no: a graph cannot hold optim.backend = {self.config.optim.backend}"
         return True, "yes: the whole step, from the batch to the update, is one CUDA graph"
 
+    def _decide_views(self) -> tuple[bool, str]:
+        if self.config.data.augment not in augmentation.CROPS:
+            return False, f"data.augment = {self.config.data.augment} has no kernel"
+        # Before anything is captured: a first question compiles the kernel and checks it.
+        return operators.decide("augment", self.config.engine.kernels, self.device)
+
     def reset(self, seeds: dict[str, int]) -> None:
         """Start an epoch: its sums anew, its generators ("augment", "attack") from these seeds."""
         for total in (*self.sums.values(), self.steps):
@@ -97,13 +106,15 @@ class TrainStep:
         for name, generator in self.generators.items():
             generator.manual_seed(seeds[name])
 
-    def make_views(self, images_u8: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def make_views(self, images_u8: Tensor | augmentation.Rows, labels: Tensor) -> dict[str, Tensor]:
         """The method's inputs by name: fp32 (B, 3, H, W) in [0, 1], channels-last."""
-        augment = self.config.data.augment
+        data = self.config.data
         made: dict[str, Tensor] = {}
         if "clean" in self.method.views:
-            made["clean"] = augmentation.to_float(images_u8)
-        made["aug"] = augmentation.augment(images_u8, augment, self.generators["augment"], pad=self.config.data.pad)
+            gathered = images_u8.gather() if isinstance(images_u8, augmentation.Rows) else images_u8
+            made["clean"] = augmentation.to_float(gathered)
+        generator = self.generators["augment"]
+        made["aug"] = augmentation.augment(images_u8, data.augment, generator, pad=data.pad, fused=self.fused_views)
         if not self.config.channels_last:
             made = {name: view.contiguous() for name, view in made.items()}
         if self.attack is not None:
@@ -118,12 +129,24 @@ class TrainStep:
             self._iterate(*batch)
         else:
             captured(*batch)
-        if self.attack is not None and "folded" not in self.notes:
-            self.notes["folded"] = self.attack.engine.notes.get("folded", "no: attack.backend = reference")
+        if "kernels" not in self.notes:
+            self._note()
+
+    def _note(self) -> None:
+        """What is known after the first step."""
+        views = f"augmentation: {'yes' if self.fused_views else 'no'}: {self._views_note}"
+        if self.attack is None:
+            self.notes["kernels"] = views
+            return
+        of_attack = {"folded": "no: attack.backend = reference", "kernels": "no: attack.backend = reference"}
+        of_attack |= self.attack.engine.notes
+        self.notes["folded"], self.notes["kernels"] = of_attack["folded"], f"attack: {of_attack['kernels']}; {views}"
 
     def describe(self) -> str:
         """How the step is run, in one line."""
-        names = {"folded": "attack on the BN-folded twin", "compiled": "torch.compile", "graphed": "CUDA graph"}
+        names = {
+            "folded": "attack on the BN-folded twin", "compiled": "torch.compile", "graphed": "CUDA graph", "kernels": "kernels",
+        }  # fmt: skip
         return "; ".join(f"{names[key]}: {note}" for key, note in sorted(self.notes.items()))
 
     def without_graph(self, reason: str) -> None:
