@@ -8,7 +8,10 @@ import platform
 
 import torch
 
-from fastanchor import environment, kernels
+from fastanchor import environment
+from fastanchor.ops import folding, images
+from fastanchor.ops.supcon import serves
+from fastanchor.ops.verified import SWITCH
 from fastanchor.train.apex import find_apex
 
 # Optional packages: (package, what it is for, how to get it).
@@ -36,7 +39,8 @@ def diagnose() -> dict:
 
 def backends(device: torch.device) -> list[dict[str, str]]:
     """Which implementation each part will use on the device, with the reason."""
-    usable, reason = kernels.usable(device)
+    # As in training: beta warms up on the device.
+    supcon, supcon_why = serves(torch.empty(1, 128, device=device), beta=torch.zeros((), device=device))
     bf16, bf16_reason = _bf16(device)
     _, apex = find_apex()
     return [
@@ -55,9 +59,12 @@ def backends(device: torch.device) -> list[dict[str, str]]:
         },
         {
             "part": "hard-positive SupCon",
-            "backend": "torch",
-            "why": "dense reference implementation" + ("" if usable else f"; {reason}"),
+            "backend": "triton" if supcon else "torch",
+            "why": f"{supcon_why}; `engine.kernels off` and {SWITCH}=off change it"
+            if supcon
+            else f"dense reference implementation; {supcon_why}",
         },
+        _attack_kernels(device),
         {
             "part": "optimiser",
             "backend": "torch fused SGD",
@@ -66,6 +73,20 @@ def backends(device: torch.device) -> list[dict[str, str]]:
         {"part": "training precision", "backend": "bf16 is worth trying" if bf16 else "fp32", "why": bf16_reason},
         {"part": "evaluation", "backend": "fp32, TF32 off", "why": "always: a robust accuracy is judged in full precision"},
     ]
+
+
+def _attack_kernels(device: torch.device) -> dict[str, str]:
+    """What the usual attack's kernels are replaced by, if anything, and why."""
+    asked = {"step": "pgd_step_linf", "cross-entropy": "label_head_ce"}
+    found = {part: images.decide(name, "auto", device) for part, name in asked.items()}
+    found["folding of BatchNorm"] = folding.trusted("bn_fold", device)
+    plain = {part: why for part, (good, why) in found.items() if not good}
+    backend = {0: "triton", len(found): "torch"}.get(len(plain), f"triton, but torch for the {' and the '.join(plain)}")
+    return {
+        "part": "attack's kernels",
+        "backend": backend,
+        "why": f"{', '.join(found)}: " + "; ".join(dict.fromkeys(plain.values() or (why for _, why in found.values()))),
+    }
 
 
 def _devices() -> list[str]:

@@ -41,7 +41,8 @@ class FoldTable:
     """Addresses and sizes of all layers on their device, made once; `bn_fold` reads the tensors' values anew at every call.
 
     current() says whether the addresses still hold: parameters moved by `.data = ` need a new table. It looks at no value, on the
-    host alone. Memory that the table points to stays allocated as long as the table. Raises ValueError for what does not fit.
+    host alone. The table keeps the tensors alive, but not memory that they have left. Making one does not wait for the device.
+    Raises ValueError for what does not fit.
     """
 
     def __init__(self, layers: list[Fold]):
@@ -57,11 +58,9 @@ class FoldTable:
         for number, layer in enumerate(layers):
             rows.append(_row(layer, self.device))
             blocks += [(number, block) for block in range(triton.cdiv(layer.weight.numel(), BLOCK))]
-        self.rows = torch.tensor(rows, dtype=torch.int64).to(self.device)
-        self.blocks = torch.tensor(blocks, dtype=torch.int32).to(self.device)
+        self.rows = _upload(rows, torch.int64, self.device)
+        self.blocks = _upload(blocks, torch.int32, self.device)
         self._addresses = self._look()
-        # Other names for the same memory: it outlives a parameter that is given another.
-        self._held = [tensor.detach() for layer in layers for tensor in layer[:-1] if tensor is not None]
 
     def current(self) -> bool:
         """Whether every tensor is where, and laid out as, it was when the table was made."""
@@ -79,6 +78,11 @@ def bn_fold(table: FoldTable) -> None:
     """
     with on_device(_fold_kernel, table=table.rows, blocks=table.blocks):
         _fold_kernel[(len(table.blocks),)](table.rows, table.blocks, BF16=table.bf16, BLOCK=BLOCK, num_warps=WARPS)
+
+
+def _upload(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # From pinned memory, or the copy would wait for all that the stream has still to do.
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _row(layer: Fold, device: torch.device) -> list[int]:

@@ -28,6 +28,7 @@ from foreign_models import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -558,6 +559,75 @@ def test_a_cache_does_not_keep_what_tracing_left_in_it():
     with pytest.raises(CannotFold):
         fold(net, x)
     assert torch.equal(net(x), net.net(x)) and isinstance(net.cache, torch.Tensor)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch.distributed is not available")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [DataParallel, DistributedDataParallel])
+def test_of_a_wrapper_for_parallel_training_the_module_inside_is_folded(wrap, one_process):
+    net, x, y = small_resnet().float(), noise(4, 3, 16, 16).float(), torch.arange(4)
+    wrapped = wrap(net, device_ids=[] if wrap is DataParallel else None)
+    start = (noise(4, 3, 16, 16, seed=1).float() - 0.5) / 10
+    theirs = PGD(steps=2, start=start, backend="reference")(copy.deepcopy(net), x, y)
+    attack = PGD(steps=2, start=start, backend="eager")
+    for _ in range(2):
+        assert_same_images(attack(wrapped, x, y), theirs, 2 / 255)
+        assert attack.engine.notes["folded"] == "yes: 20 BatchNorms in 20 convolutions"
+        wrapped.train()
+        F.cross_entropy(wrapped(x), y).backward()  # changes the wrapper's own attributes
+        with torch.no_grad():
+            net.load_state_dict(small_resnet().float().state_dict())
+    twin = attack.engine._twins[wrapped]
+    assert twin.is_of(wrapped.eval()) and twin.is_of(net)
+    net.backbone.conv1 = copy.deepcopy(net.backbone.conv1)
+    assert not twin.is_of(wrapped)
+    hook = wrapped.register_forward_hook(lambda *_: None)
+    with pytest.raises(CannotFold, match="it has hooks"):
+        fold(wrapped, x)
+    hook.remove()
+
+
+def test_a_model_spread_over_devices_says_so():
+    wrapped = DataParallel(small_resnet(), device_ids=[])
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(CannotFold, match="DataParallel spreads it over 2 devices"):
+        fold(wrapped.eval(), noise(2, 3, 16, 16))
+
+
+class Casting(nn.Module):
+    def __init__(self, net, dtype):
+        super().__init__()
+        self.net, self.dtype = net, dtype
+
+    def forward(self, images):
+        return self.net(images.to(self.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_that_takes_no_images_says_so(dtype):
+    net, x, y = pattern("residual").to(dtype), noise(2, 3, 8, 8).float(), torch.arange(2)
+    with pytest.raises(UserError, match=f"^the model's parameters are {dtype}, and it takes no images of torch.float32"):
+        fold(net, x)
+    attack = PGD(steps=2, backend="eager", check_inputs=False)
+    with pytest.raises(UserError, match="cast them in its forward, or convert it by model.float"):
+        attack(net, x, y)
+    casting = Casting(net, dtype).eval()
+    attack(casting, x, y)
+    assert attack.engine.notes["folded"].startswith("yes: 1 BatchNorms")
+    under_autocast = PGD(steps=2, precision="bf16", backend="eager", check_inputs=False)
+    if dtype == torch.bfloat16:
+        assert under_autocast(net, x, y).dtype == torch.float32
+    # What fails for another reason keeps its own.
+    with pytest.raises(CannotFold, match="fails: .*to have 3 channels"):
+        fold(casting, x[:, :2])
 
 
 def test_attacks_say_why_a_model_is_not_folded():

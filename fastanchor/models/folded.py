@@ -5,32 +5,32 @@ Bias, residual and ReLU are taken in as well. It reads the live parameters at ea
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 import operator
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastanchor.errors import UserError
+from fastanchor.models.fingerprint import fingerprint, has_hooks, parts, unwrapped
+from fastanchor.models.tracing import CannotFold, attributes_kept, is_plain, trace, writes
+from fastanchor.ops import folding
 from fastanchor.precision import full_precision
+from fastanchor.reference.checks import check_name
 
 # aten: convolution, then residual and ReLU in place (torch.compile fuses them). cudnn: its fused convolution-bias-ReLU.
-CONV_BACKENDS = ("aten", "cudnn")
+# triton: convolution, then bias, residual and ReLU in one kernel, and another for the ReLU's backward.
+CONV_BACKENDS = ("aten", "cudnn", "triton")
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _ADDS = (operator.add, torch.add, "add", "add_")  # torch.fx makes x += y an operator.add
 # How far a twin's outputs and input gradients may be from its model's: rounding through a deep net (in a gradient also ReLUs
 # that it switches), far below what a wrongly rewritten graph shows.
 _TOLERANCES = {torch.float64: (1e-6, 1e-3), torch.float32: (1e-3, 0.2), torch.bfloat16: (5e-2, 0.5)}
-
-
-class CannotFold(Exception):
-    """The network has no folded twin; the message says why. Attacks then run on the network itself."""
 
 
 class Norm(NamedTuple):
@@ -68,7 +68,7 @@ class FoldedConv(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.to(self.weight.dtype)
         residual = None if residual is None else residual.to(self.weight.dtype)
-        if self.backend == "cudnn" and (residual is None or residual.shape == self._output_shape(x)):
+        if self.backend != "aten" and (residual is None or residual.shape == self._output_shape(x)):
             return _FusedConv.apply(x, residual, self)
         out = F.conv2d(x, self.weight, self.bias, *self.geometry)
         # In place: nobody else has the convolution's output, and no backward to the input needs it.
@@ -86,7 +86,7 @@ class _FusedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, layer):
-        out = _run_cudnn(x, residual, layer)
+        out = _run_cudnn(x, residual, layer) if layer.backend == "cudnn" else _run_triton(x, residual, layer)
         ctx.layer = layer
         ctx.save_for_backward(x, out if layer.relu else None)
         return out
@@ -94,7 +94,7 @@ class _FusedConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         layer, (x, out) = ctx.layer, ctx.saved_tensors
-        gradient = torch.ops.aten.threshold_backward(gradient, out, 0) if layer.relu else gradient
+        gradient = _before_relu(gradient, out, layer.backend) if layer.relu else gradient
         to_input, _, _ = torch.ops.aten.convolution_backward(
             gradient, x, layer.weight, None, *layer.geometry[:3], False, (0, 0), layer.geometry[3], (True, False, False)
         )
@@ -112,6 +112,24 @@ def _run_cudnn(x: Tensor, residual: Tensor | None, layer: FoldedConv) -> Tensor:
     return torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
 
+def _run_triton(x: Tensor, residual: Tensor | None, layer: FoldedConv) -> Tensor:
+    from fastanchor.kernels.epilogue import epilogue_
+
+    out = torch.ops.aten.convolution(x, layer.weight, None, *layer.geometry[:3], False, (0, 0), layer.geometry[3])
+    if residual is not None and residual.stride() != out.stride():
+        residual = torch.empty_like(out).copy_(residual)
+    return epilogue_(out, layer.bias, residual, layer.relu)
+
+
+def _before_relu(gradient: Tensor, out: Tensor, backend: str) -> Tensor:
+    # A gradient of another layout, as that of a mean over positions, would have to be copied for the kernel.
+    if backend != "triton" or gradient.stride() != out.stride():
+        return torch.ops.aten.threshold_backward(gradient, out, 0)
+    from fastanchor.kernels.epilogue import relu_backward
+
+    return relu_backward(gradient, out)
+
+
 class FoldedTwin(nn.Module):
     """`FoldedTwin(model)(images)` equals `model(images)` in eval mode to rounding; made by `fold`.
 
@@ -120,16 +138,22 @@ class FoldedTwin(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.parts, self.identity = list(_parts(model)), fingerprint(model)
-        graph, modules = _trace(model)
-        _simplify(graph, modules)
+        self.parts, self.identity = list(parts(model)), fingerprint(model)
+        graph, modules = trace(model)
         self.layers = _rewrite(graph, modules)
         self.folded = sum(layer.sources[1] is not None for layer in self.layers)
         self.kept = sum(_norm_of(node, modules) is not None for node in graph.nodes)
         self.graph_module = fx.GraphModule(modules, graph)
+        self._refresh = folding.Refresh(self.layers)
 
     def allocate(self, dtype: torch.dtype | None, backend: str) -> None:
-        """Set dtype (None: each convolution's own) and backend of all convolutions, and refresh."""
+        """Set dtype (None: each convolution's own) and backend of all convolutions, and refresh. Raises UserError."""
+        check_name("backend", backend, CONV_BACKENDS)
+        if backend == "triton":
+            dtypes = {layer.sources[0].weight.dtype if dtype is None else dtype for layer in self.layers}
+            trusted, reason = folding.trusted("conv_epilogue", self.layers[0].sources[0].weight.device)
+            if not trusted or dtypes - {torch.float32, torch.bfloat16}:
+                raise UserError(f"backend = 'triton': {reason if not trusted else 'the convolutions must be fp32 or bf16'}")
         for layer in self.layers:
             layer.allocate(dtype, backend)
         self.refresh()
@@ -138,22 +162,13 @@ class FoldedTwin(nn.Module):
         """Whether modules, parameters, buffers and settings of `model` are still those that the twin was made of."""
         return not has_hooks(model) and self.identity == fingerprint(model)
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Fold the parameters and running statistics as they are now, in their own precision, then cast."""
-        scales = iter(_scales([layer.sources[1] for layer in self.layers if layer.sources[1] is not None]))
-        for layer in self.layers:
-            conv, norm = layer.sources
-            if norm is None:
-                layer.weight.copy_(conv.weight)
-                if conv.bias is not None:
-                    layer.bias.copy_(conv.bias)
-                continue
-            scale = next(scales)
-            # Multiplied in the parameters' precision and rounded once. Not by out=, which on a CPU casts six times as slowly.
-            layer.weight.copy_(conv.weight * scale.view(-1, 1, 1, 1))
-            mean = norm.mean if conv.bias is None else norm.mean - conv.bias
-            layer.bias.copy_(-mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1))
+    def refresh(self, kernel: bool = True) -> None:
+        """Fold the parameters and running statistics as they are now, in their own precision, then cast.
+
+        kernel: by one launch where `ops.folding` trusts its kernel, which agrees with plain torch to 1e-6 of a sum's largest
+        term. The first call on a device checks that; later ones never wait for the device.
+        """
+        self._refresh(kernel)
 
     def forward(self, images: Tensor):
         return self.graph_module(images)
@@ -164,15 +179,20 @@ def fold(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, ba
 
     dtype: of the convolutions' weights and activations (None: the parameters'; another one is for calls under autocast).
     backend: one of CONV_BACKENDS. The model must be in eval mode, as `attacks.modes.attack_mode` puts it, and stays as it is.
-    Raises CannotFold where torch.fx cannot trace it, or traced another function (checking that reads back: not for a step).
+    Of a wrapper for parallel training, the module that it wraps is folded: this process attacks its own images alone.
+    Raises CannotFold where torch.fx cannot trace it, or traced another function (checking that reads back: not for a step), and
+    UserError for a bad backend, or where without autocast (dtype None) a model of another dtype does not take the images.
     """
     if has_hooks(model):
         raise CannotFold("it has hooks, which must see every call")
     if any(module.training for module in model.modules()):
         raise CannotFold("it or a part of it is in train mode")
+    model = unwrapped(model)
+    if isinstance(model, DataParallel):
+        raise CannotFold(f"DataParallel spreads it over {len(model.device_ids)} devices")
     with torch.random.fork_rng([example.device] if example.is_cuda else []), full_precision():
         drawn = _random_state(example.device)
-        with _attributes_kept(model):
+        with attributes_kept(model):
             twin = FoldedTwin(model)
         if not twin.layers:
             raise CannotFold("it has no convolution that could be folded")
@@ -180,7 +200,7 @@ def fold(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, ba
             raise CannotFold(f"its convolutions are {unknown.pop()}")
         # The rewriting is checked in the parameters' own precision, where a wrong graph cannot hide behind rounding.
         twin.allocate(None, "aten")
-        _verify(model, twin, example)
+        _verify(model, twin, example, dtype is not None)
         if not all(map(torch.equal, _random_state(example.device), drawn)):
             raise CannotFold("its forward draws random numbers")
     if dtype is not None or backend != "aten":
@@ -188,88 +208,8 @@ def fold(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None, ba
     return twin
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether a forward of the model calls more than its modules."""
-    return any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-               for module in model.modules())  # fmt: skip
-
-
-def _parts(model: nn.Module) -> Iterator[object]:
-    """What a fingerprint knows by its id, to be kept so that no id is used again; without the model itself, which stays free."""
-    for module in model.modules():
-        if module is not model:
-            yield module
-        yield from (v for v in vars(module).values() if not isinstance(v, nn.Module) and not hasattr(v, "__self__"))
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def fingerprint(model: nn.Module) -> tuple:
-    """All that a forward of the model may depend on besides the values in its tensors: modules, tensors, settings, hooks."""
-    return tuple((type(module), _content(vars(module))) for module in model.modules())
-
-
-def _content(value: object, depth: int = 4) -> object:
-    """Settings by value, through containers; tensors by identity and by where `model.to(...)` put them; others by identity."""
-    if isinstance(value, Tensor):
-        return id(value), value.device, value.dtype
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return value
-    if depth and isinstance(value, dict):
-        return tuple((id(key) if isinstance(key, Tensor) else key, _content(item, depth - 1)) for key, item in value.items())
-    if depth and isinstance(value, (list, tuple)):
-        return tuple(_content(item, depth - 1) for item in value)
-    return (id(value), len(value)) if isinstance(value, (dict, list, tuple, set)) else id(value)
-
-
-@contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Raise CannotFold where tracing changes a module's attributes or lists, and put them back: a proxy left there breaks it."""
-
-    def members(container) -> list[int]:
-        return sorted(map(id, (*container, *(container.values() if isinstance(container, dict) else ()))))
-
-    held = [(v, copy.copy(v)) for m in model.modules() for v in (vars(m), *vars(m).values()) if isinstance(v, (list, dict, set))]
-    try:
-        yield
-    finally:
-        changed = [(now, old) for now, old in held if members(now) != members(old)]
-        for now, old in changed:
-            now.clear()
-            (now.extend if isinstance(now, list) else now.update)(old)
-    if changed:
-        raise CannotFold("its forward changes attributes of its own")
-
-
 def _random_state(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-class _Tracer(fx.Tracer):
-    """Buffers are part of the graph as parameters are: what a forward computes from them is computed anew, not frozen."""
-
-    proxy_buffer_attributes = True
-    device = "cpu"
-
-    def create_node(self, *args, **kwargs):
-        # The graph would not hold under which of these an operation ran.
-        if not (torch.is_grad_enabled() and torch.is_autocast_enabled(self.device)):
-            raise RuntimeError("its forward switches gradients or autocast")
-        return super().create_node(*args, **kwargs)
-
-
-def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]]:
-    """The model's graph with its first argument alone as input, and what the graph refers to by name."""
-    whole = nn.Sequential(model)  # so further arguments keep their defaults
-    tracer = _Tracer()
-    tracer.device = next(model.parameters(), torch.empty(0)).device.type
-    try:
-        with torch.enable_grad(), torch.autocast(tracer.device, torch.bfloat16):
-            graph = tracer.trace(whole)
-    except Exception as error:  # whatever the model's own Python code raises when it is given a proxy
-        raise CannotFold(f"torch.fx cannot trace it: {str(error).strip().partition(chr(10))[0] or repr(error)}") from error
-    names = {node.target for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    return graph, {name: operator.attrgetter(name)(whole) for name in names}
 
 
 def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[FoldedConv]:
@@ -277,7 +217,7 @@ def _rewrite(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[FoldedConv]
     layers = []
     for node in list(graph.nodes):
         conv = modules.get(node.target) if node.op == "call_module" else None
-        if not _is_plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or len(node.args) != 1:
+        if not is_plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str) or len(node.args) != 1:
             continue
         chain, residual = [node], None
         following = _following(chain, modules)
@@ -310,29 +250,14 @@ def _following(chain: list[fx.Node], modules: dict[str, nn.Module]) -> fx.Node |
     """The only user of the chain's last value, if the chain may run as late as that: nothing before it writes into a tensor."""
     user = next(iter(chain[-1].users)) if len(chain[-1].users) == 1 else None
     node = chain[0].next
-    while user is not None and node is not user and (node in chain or not _writes(node, modules)):
+    while user is not None and node is not user and (node in chain or not writes(node, modules)):
         node = node.next
     return user if node is user else None
 
 
-def _writes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the operation may work in place: x.add_(1), F.relu(x, inplace=True), nn.ReLU(inplace=True)."""
-    if node.op == "call_module":
-        return getattr(modules[node.target], "inplace", False)
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    flagged = any(value is True for value in (*node.args[1:], node.kwargs.get("inplace"))) or "out" in node.kwargs
-    return name.endswith("_") or flagged
-
-
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Of this kind, nothing of its forward overridden; parametrised weights are fine, they are read live."""
-    own = all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
-    return own and isinstance(module, kind) and "forward" not in vars(module)
-
-
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     called = node.op in ("call_function", "call_method") and node.target in _RELUS
-    return called or (node.op == "call_module" and _is_plain(modules[node.target], nn.ReLU))
+    return called or (node.op == "call_module" and is_plain(modules[node.target], nn.ReLU))
 
 
 def _is_add(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -342,7 +267,7 @@ def _is_add(node: fx.Node, value: fx.Node, modules: dict[str, nn.Module]) -> boo
     first, second = node.args
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
         return False
-    return first is value or not _writes(node, modules)
+    return first is value or not writes(node, modules)
 
 
 def _norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> Norm | None:
@@ -350,7 +275,7 @@ def _norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> Norm | None:
     if node.op == "call_module":
         norm = modules[node.target]
         # The tensors of a parametrised one are made anew by every look at them.
-        if not _is_plain(norm, nn.BatchNorm2d) or norm.running_mean is None or is_parametrized(norm):
+        if not is_plain(norm, nn.BatchNorm2d) or norm.running_mean is None or is_parametrized(norm):
             return None
         return Norm(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
     if node.target is not F.batch_norm:
@@ -364,47 +289,36 @@ def _norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> Norm | None:
     return Norm(*(None if given is None else modules[given.target] for given in nodes), call.arguments["eps"])
 
 
-def _simplify(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Take out identities and assertions about shapes, which stand between a convolution and what follows it."""
-    questions = (getattr, operator.eq, operator.ne, operator.getitem)
-    for node in reversed(list(graph.nodes)):
-        called = node.target if node.op == "call_function" else None
-        if called is torch._assert or (called in questions and not node.users):
-            graph.erase_node(node)
-        elif node.op == "call_module" and _is_plain(modules[node.target], nn.Identity):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
-        elif node.op == "call_method" and node.target == "view":
-            # Activations are channels-last here, of which `view` cannot make all shapes.
-            sharing = (*node.users, *node.args[0].users)
-            node.target = "view" if any(_writes(user, modules) for user in sharing) else "reshape"
+def _verify(model: nn.Module, twin: FoldedTwin, example: Tensor, autocast: bool = False) -> None:
+    """Raise CannotFold where the twin's outputs or input gradients differ from the model's by more than rounding.
 
-
-def _scales(norms: list[Norm]) -> list[Tensor]:
-    """gamma / sqrt(var + eps) of every norm, in a few launches for all of them."""
-    if not norms:
-        return []
-    scales = torch._foreach_add([norm.var for norm in norms], [norm.eps for norm in norms])
-    torch._foreach_rsqrt_(scales)
-    affine = [(scale, norm.weight) for scale, norm in zip(scales, norms, strict=True) if norm.weight is not None]
-    if affine:
-        torch._foreach_mul_(*map(list, zip(*affine, strict=True)))
-    return scales
-
-
-def _verify(model: nn.Module, twin: FoldedTwin, example: Tensor) -> None:
-    """Raise CannotFold where the twin's outputs or input gradients differ from the model's by more than rounding."""
+    autocast: whether it will be called under autocast, where a model of another dtype than the images' may take them.
+    """
     of_outputs, of_gradient = max(_TOLERANCES[layer.weight.dtype] for layer in twin.layers)
     try:
         theirs, their_gradient = _outputs_and_gradient(model, example)
         ours, our_gradient = _outputs_and_gradient(twin, example.contiguous(memory_format=torch.channels_last))
     except Exception as error:  # whatever the model itself raises, it will raise again where it is attacked
+        others = {parameter.dtype for parameter in model.parameters()} - {example.dtype}
+        if not autocast and any(_takes(model, example.to(dtype)) for dtype in others):
+            raise UserError(
+                f"the model's parameters are {' and '.join(sorted(map(str, others)))}, and it takes no images of "
+                f"{example.dtype}: cast them in its forward, or convert it by model.float()"
+            ) from error
         raise CannotFold(f"it or its traced graph fails: {str(error).strip().partition(chr(10))[0] or repr(error)}") from error
     pairs = [*((a, b, of_outputs) for a, b in zip(theirs, ours, strict=True)), (their_gradient, our_gradient, of_gradient)]
     if not all(a.isfinite().all() for a, _, _ in pairs):
         raise CannotFold("its outputs or input gradients are not finite")
     if any(a.shape != b.shape or a.dtype != b.dtype or not (a - b).norm() <= tolerance * a.norm() for a, b, tolerance in pairs):
         raise CannotFold("what torch.fx traced is another function: something in it depends on more than its input")
+
+
+def _takes(model: nn.Module, images: Tensor) -> bool:
+    try:
+        _outputs_and_gradient(model, images)
+    except Exception:  # the model's own code, given images that it may never have seen
+        return False
+    return True
 
 
 def _outputs_and_gradient(model: nn.Module, example: Tensor) -> tuple[list[Tensor], Tensor]:
