@@ -15,6 +15,12 @@ TENSORBOARD = ["tensorboard>=2.16,<3"]
 # The plain name `nvidia-dali` on the package index is not NVIDIA's: the extras name the CUDA builds.
 DALI_CUDA12 = ["nvidia-dali-cuda120>=2.4,<3"]
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.4,<3"]
+# What bench/ compares the contrastive loss with; none of them is needed.
+PEERS = [
+    "pytorch-metric-learning>=2.5,<3",
+    "memeff>=0.3.1,<0.4; platform_system == 'Linux'",
+    "inf-cl>=1.2,<2; platform_system == 'Linux'",
+]
 DEV = [
     *EVAL,
     *PLOTS,
@@ -68,6 +74,7 @@ setup(
         "eval": EVAL,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
+        "peers": PEERS,
     },
     entry_points={"console_scripts": ["fastanchor = fastanchor.cli:main"]},
     classifiers=[

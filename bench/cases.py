@@ -59,7 +59,7 @@ def make_noise(images: Tensor, eps: float = EPS) -> Tensor:
 
 def make_config(
     hsc: float, steps: int, *, precision: str = "fp32", channels_last: bool = True, backend: str = "auto", graph: str = "off",
-    compile: bool = False, ema_decay: float = 0.0, eps: float = EPS,
+    compile: bool = False, kernels: str = "auto", ema_decay: float = 0.0, eps: float = EPS,
 ) -> Config:  # fmt: skip
     """Stage 1 of ANCHOR, or of PGD-AT with hsc = 0, with the engine's settings as given."""
     base = Config()
@@ -70,7 +70,7 @@ def make_config(
         optim=dataclasses.replace(
             base.optim, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, ema_decay=ema_decay, milestones=(100.0,)
         ),
-        engine=dataclasses.replace(base.engine, graph=graph, compile=compile),
+        engine=dataclasses.replace(base.engine, graph=graph, compile=compile, kernels=kernels),
         precision=precision,
         channels_last=channels_last,
     )

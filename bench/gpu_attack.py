@@ -74,16 +74,20 @@ class Case:
             "eager, not folded": functools.partial(self._engine, "eager", folded=False),
             "folded, aten": functools.partial(self._engine, "eager"),
         }
+        on_gpu = {
+            "folded, cudnn": functools.partial(self._engine, "eager", conv="cudnn"),
+            "folded, aten, kernels": functools.partial(self._engine, "eager", kernels="auto"),
+            "graphed, aten": functools.partial(self._engine, "graphed"),
+            "graphed, cudnn": functools.partial(self._engine, "graphed", conv="cudnn"),
+            "graphed, aten, kernels": functools.partial(self._engine, "graphed", kernels="auto"),
+            "graphed, triton, kernels": functools.partial(self._engine, "graphed", kernels="auto", conv="triton"),
+        }
         if self.bench.cudnn_benchmark and self.precision == "bf16":
             made[SECOND_RUNG] = functools.partial(self._naive, second_rung=True)
         if self.bench.cuda:
-            made |= {
-                "folded, cudnn": functools.partial(self._engine, "eager", conv="cudnn"),
-                "graphed, aten": functools.partial(self._engine, "graphed"),
-                "graphed, cudnn": functools.partial(self._engine, "graphed", conv="cudnn"),
-            }
+            made |= on_gpu
         else:
-            self.leave_out(("folded, cudnn", "graphed, aten", "graphed, cudnn"), NEEDS_CUDA)
+            self.leave_out(tuple(on_gpu), NEEDS_CUDA)
         return made
 
     def compiled_rows(self) -> dict[str, functools.partial]:
@@ -106,9 +110,9 @@ class Case:
 
         return call
 
-    def _engine(self, backend: str, folded: bool = True, conv: str = "aten") -> Call:
+    def _engine(self, backend: str, folded: bool = True, conv: str = "aten", kernels: str = "off") -> Call:
         model = cases.make_model(self.bench.width, self.bench.device)
-        attack = PGD(**self.numbers, precision=self.precision, backend=backend, check_inputs=False)
+        attack = PGD(**self.numbers, precision=self.precision, backend=backend, kernels=kernels, check_inputs=False)
         if not folded:
             # A model with a hook is attacked as it stands.
             model.register_forward_pre_hook(_nothing)

@@ -74,6 +74,7 @@ def plain_settings(bench: Bench) -> dict[str, dict]:
         # backend auto: the attack is a graph of its own where the step is none.
         "engine, bf16, attack graphed": {"precision": "bf16"},
         "engine, bf16, graph": {"precision": "bf16", "graph": "on"},
+        "engine, bf16, graph, no kernels": {"precision": "bf16", "graph": "on", "kernels": "off"},
         "engine, fp32, graph": {"precision": "fp32", "graph": "on"},
     }
 
@@ -99,7 +100,7 @@ def _config(bench: Bench, method: str, settings: dict) -> Config:
 
 
 def _make_engine(bench: Bench, data: ResidentSplit, method: str, settings: dict) -> TrainStep:
-    return cases.make_step(_config(bench, method, settings), cases.make_model(bench.width, bench.device), bench.device, data.take)
+    return cases.make_step(_config(bench, method, settings), cases.make_model(bench.width, bench.device), bench.device, data.rows)
 
 
 def makers(

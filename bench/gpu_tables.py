@@ -21,6 +21,12 @@ EPOCHS = (
     "method", "batch", "precision", "graph", "compile", "images", "seconds", "images_per_s", "model_tflops",
     "share_of_bf16_matmul",
 )  # fmt: skip
+SUPCON = (
+    "case", "regime", "n", "d", "precision", "loss_relative", "gradient_relative", "eager_gradient_relative",
+    "keys_gradient_relative", "same", "same_in_poisoned_memory", "poisoned", "peak_memory_mb", "dense_matrix_mb", "ok",
+)  # fmt: skip
+REFRESH = ("how", "dtype", "ms", "ratio", "gb_per_s")
+SMALL = ("what", "ms", "ratio", "gb_per_s", "share_of_copy", "largest_difference", "ok")
 CEILINGS = ("device", "bf16_matmul_tflops", "fp32_matmul_tflops", "copy_gb_per_s", "cudnn_benchmark")
 
 
@@ -40,7 +46,15 @@ def show(results: Results, console: Console) -> None:
 def _tables(results: Results) -> Iterator[Table | None]:
     share = "share of the bf16 matmul ceiling"
     yield _pivot(f"convolutions: us, {share}", results.rows("convs"), _layer, _name, _conv_cell)
+    yield _list("refresh of the folded weights", results.rows("refresh"), REFRESH)
     yield _list("training", results.rows("training"), TRAINING)
+    yield _list("small kernels: device time, x eager, share of the copy ceiling", results.rows("small"), SMALL)
+    yield _list("SupCon kernels: distance from fp64, eager's beside it", _worst(results.rows("supcon")), SUPCON)
+    yield _list("compute-sanitizer", results.rows("sanitizer"), ("ok", "exit_code"))
+    yield _pivot(
+        "SupCon, loss and gradient: ms, x eager, share of the floor, peak MB; * device time alone",
+        results.rows("supcon_speed"), _size, _name, _supcon_cell,
+    )  # fmt: skip
     yield _list("kernels", results.rows("kernels"), ("what", "batch", "kernels", "launches"))
     yield _list("correctness", results.rows("correctness"), CORRECTNESS)
     for benchmark in (False, True):
@@ -55,6 +69,23 @@ def _tables(results: Results) -> Iterator[Table | None]:
         )
         yield _list(f"timed epochs{note}", epochs, EPOCHS)
     yield _list("ceilings", results.rows("environment"), CEILINGS)
+
+
+def _worst(rows: list[Row]) -> list[Row]:
+    """Of the truth's own checks those that failed; of the kernels' all."""
+    return [row for row in rows if row["name"] != "truth in blocks" or not row.get("ok")]
+
+
+def _size(row: Row) -> str:
+    return f"{row['n']} x {row['d']}"
+
+
+def _supcon_cell(row: Row) -> str:
+    replayed = "replay_ms" in row
+    ms, ratio = (row["replay_ms"], row.get("replay_ratio")) if replayed else (row["ms"], row.get("ratio"))
+    share = f" {100 * row['share_of_floor']:.0f}%" if "share_of_floor" in row else ""
+    memory = f" {row['peak_memory_mb']:.0f}MB" if row.get("peak_memory_mb") is not None else ""
+    return f"{ms:.3g}{'*' * replayed}{'' if ratio is None else f' {ratio:.2f}x'}{share}{memory}"
 
 
 def _name(row: Row) -> str:

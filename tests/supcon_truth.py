@@ -1,29 +1,10 @@
-"""What the tests of the SupCon kernels share: batches in three data regimes, the truth in fp64, the comparison."""
-
-import functools
+"""What the tests of the SupCon kernels share: the truth in fp64, the kernels' results, the comparison."""
 
 import torch
-import torch.nn.functional as F
-from fastanchor.kernels.supcon_launch import Options, loss_and_grad
 from supcon_helpers import relative
 
-from fastanchor.reference.hard_supcon import hard_supcon
-
-SPREAD = {
-    "random": 0.0,
-    "mid": 1.0,
-    "trained": 7.0,
-}  # length of the class centre beside unit noise: cosine in a class 0, 0.5, 0.98
-
-
-@functools.cache
-def data(regime, n, d, classes=10, seed=0):
-    """fp32 rows of norms 0.5 to 1.5, and labels."""
-    g = torch.Generator().manual_seed(seed)
-    centre = F.normalize(torch.randn(classes, d, generator=g, dtype=torch.float64))
-    y = torch.randint(classes, (n,), generator=g)
-    u = SPREAD[regime] * centre[y] + F.normalize(torch.randn(n, d, generator=g, dtype=torch.float64))
-    return (u / u.norm(dim=1, keepdim=True) * (0.5 + torch.rand(n, 1, generator=g))).float(), y
+from bench import supcon_cases
+from bench.supcon_cases import embeddings as data  # noqa: F401  batches in three regimes: random, mid, trained
 
 
 def truth(u, y, dtype=torch.float64, unit=None, upstream=None, **options):
@@ -31,31 +12,12 @@ def truth(u, y, dtype=torch.float64, unit=None, upstream=None, **options):
 
     The gradients: of the rows and, where there are other keys that are not detached, of these.
     """
-    leaves = [u.to(dtype).requires_grad_()]
-    keys = options.pop("ref_embeddings", None)
-    if keys is not None:
-        leaves.append(keys.to(dtype).requires_grad_())
-    seen = [x if unit is None else _stored(x, unit) for x in leaves]
-    loss = hard_supcon(seen[0], y, ref_embeddings=None if keys is None else seen[1], **options)
-    if options.get("detach_keys"):
-        del leaves[1:]
-    return loss.detach(), *torch.autograd.grad(loss, leaves, upstream)
-
-
-def _stored(x, unit):
-    z = F.normalize(x)
-    return z + (z.to(unit).to(x.dtype) - z).detach()
+    return supcon_cases.dense(u, y, options, dtype, unit, upstream)
 
 
 def ours(u, y, precision="ieee", upstream=None, beta=2.0, **options):
     """The same by the kernels."""
-    pair_names = (
-        "anchors", "views", "positive_coef", "denominator_mask", "instances", "predictions",
-        "ref_embeddings", "ref_labels", "ref_views", "ref_instances", "ref_predictions",
-    )  # fmt: skip
-    pairs = {name: options.pop(name) for name in pair_names if name in options}
-    found = loss_and_grad(u, y, Options(precision=precision, **options), beta, upstream=upstream, keys_gradient=True, **pairs)
-    return found[:2] if found[2] is None else found
+    return supcon_cases.kernels(u, y, options, precision, beta, upstream)
 
 
 def check(u, y, precision="ieee", floor=1e-6, **options):
