@@ -319,6 +319,9 @@ def _plan(kernel, side, other, options, views=False):
     split = min(column_tiles, max(1, -(-2 * config.MULTIPROCESSORS[arch] // row_blocks)))
     per_program = -(-column_tiles // split)
     tiles = {"D": width, "BM": tile.rows, "BN": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
+    if options.precision == "ieee":
+        # Left to itself ptxas spills a few bytes there, to have more programs at a time.
+        tiles["maxnreg"] = 255
     return (row_blocks, -(-column_tiles // per_program)), per_program * tile.columns, tiles
 
 

@@ -1,155 +1,175 @@
-"""Every tile of the kernels' table, compiled ahead of time without a GPU: spills, shared memory, tensor-core instructions.
+"""The kernels compiled ahead of time without a GPU: spills, shared memory, tensor-core instructions; and their two test benches.
 
-The worst case of a row is compiled (attached pow weights; with instances where it serves view matrices) and, in fp16, the default.
+`python -m bench.aot` compiles every row of the table for every architecture; here are the hardest variants of a part of them.
 """
 
+import importlib
+import json
+import pkgutil
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import triton
-from fastanchor.kernels import config, supcon
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton.language as tl
+from fastanchor.kernels import augment, bn_fold, config, epilogue, heads, noise, pgd, supcon_launch
+from fastanchor.kernels.supcon_launch import Options
+from interpreter import interpreted
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = {"n", "n_pad", "n_pad_key", "n_key", "n_views", "span", "split", "n_features"}
-PADDED = {"n_pad", "n_pad_key", "span"}  # multiples of 16, and Triton specialises on that
-NUMBERS = {"beta", "gamma", "log2_per_tau", "inv_tau", "scale", "tau", "gain", "inv_tau_gain"}
-DEFAULTS = {"WEIGHT": "exp", "BETA_TENSOR": False, "NEGATIVES": False, "SELF": True, "INSTANCES": False, "VIEWS": False,
-            "DETACHED": True, "SYMMETRIC": True, "COUNT": False, "ANCHORS": False, "PER_ROW": False, "TF32": False,
-            "REDUCTION": "mean_valid", "BLOCK": 1024}  # fmt: skip
-WORST = {"WEIGHT": "pow", "DETACHED": False}
+from bench import aot
+from fastanchor import kernels
 
-
-def compile_kernel(name, arch, precision, warps, stages, types=None, **constants):
-    """types: of arguments where they differ from the usual; "1" is an integer that is 1, which Triton makes a constant."""
-    kernel = getattr(supcon, name)
-    constants = {**DEFAULTS, "DOT": "ieee" if precision == "ieee" else "tf32", **constants}
-    signature, attributes = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in INTEGERS:
-            signature[argument] = "i32"
-        elif argument in NUMBERS:
-            signature[argument] = "fp32"
-        elif argument.startswith("ids"):
-            signature[argument] = "*i32"
-        elif argument == "labels":
-            signature[argument] = "*i64"
-        else:
-            signature[argument] = "*fp16" if argument in ("z", "z_key") and precision == "fp16" else "*fp32"
-        signature[argument] = (types or {}).get(argument, signature[argument])
-        if signature[argument] == "1":
-            signature[argument], constants[argument] = "constexpr", 1
-        # Without these the compiler sees unaligned pointers and makes another kernel than the one that will run.
-        if signature[argument].startswith("*") or argument in PADDED:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
+PRECISIONS = supcon_launch.PRECISIONS
+# What a case of the table costs most registers with, and what runs most; the others are left to the command.
+HARDEST = ("worst", "all")
+CASES = [
+    (90, "fp16", 128), (90, "fp16", 256), (90, "fp16", 512), (90, "tf32", 256), (90, "ieee", 128),
+    (80, "fp16", 256), (86, "fp16", 128), (89, "tf32", 128), (100, "fp16", 128),
+]  # fmt: skip
 
 
-def resources(compiled, folder):
-    """Registers, spilled bytes of a thread, shared bytes of a block, and counts of instructions."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    ptx = compiled.asm["ptx"]
-    return {
-        "registers": registers,
-        "spilled": stack + local,
-        "shared": compiled.metadata.shared,
-        "wgmma": ptx.count("wgmma.mma_async"),
-        "mma": len(re.findall(r"\bmma\.sync", ptx)),
-        "ex2": ptx.count("ex2.approx"),
-    }
+@pytest.mark.parametrize("arch, precision, d", CASES)
+def test_rows_of_the_table(arch, precision, d):
+    for label, launch in aot.supcon_cases(arch, [d], HARDEST, [precision]):
+        row = aot.measured(label, launch)
+        assert not aot.faults(row), row
 
 
-def cases():
-    """One case for each row, its oldest architecture and sm_90."""
-    for row in config.TABLE:
-        for arch in {90, row.archs[0]} & set(row.archs):
-            where = f"{row.kernel}-sm{arch}-{row.precision}-{row.max_d}{'-views' * row.views}{'-small' * row.small}"
-            yield pytest.param(row, arch, WORST | {"VIEWS": row.views, "INSTANCES": row.views}, id=f"{where}-worst")
-            if row.precision == "fp16" and not row.views:
-                yield pytest.param(row, arch, {}, id=f"{where}-default")
+def test_one_exp_of_the_softmax_and_one_of_the_weight_for_each_pair():
+    cases = [case for d in (128, 256) for case in aot.supcon_cases(90, [d], ["default"], ["fp16"]) if "BM" in case[1].arguments]
+    assert len(cases) > 4
+    for label, launch in cases:
+        row = aot.measured(label, launch)
+        pairs = launch.arguments["BM"] * launch.arguments["BN"] // (32 * row["warps"])
+        assert not aot.faults(row) and row["ex2"] <= 2 * pairs, row
 
 
-@pytest.mark.parametrize("row, arch, flags", list(cases()))
-def test_row_of_the_table(row, arch, flags, tmp_path, capsys):
-    tile = row.tile
-    flags = {**flags, "D": row.max_d, "BM": tile.rows, "BN": tile.columns}
-    found = resources(compile_kernel(row.kernel, arch, row.precision, tile.warps, tile.stages, **flags), tmp_path)
-    kind = "default" if len(flags) == 3 else "worst"
-    with capsys.disabled():
-        shape = f"{tile.rows}x{tile.columns} {tile.warps}w {tile.stages}s"
-        name = f"{row.kernel} sm_{arch} {row.precision} D={row.max_d}{' views' * row.views}"
-        print(f"\n| {name} | {kind} | {shape} | {' | '.join(map(str, found.values()))} |", end="")
-    assert found["spilled"] == 0
-    assert found["shared"] <= min(config.SHARED_LIMIT[a] for a in row.archs)
-    if row.precision != "ieee":
-        assert found["wgmma" if arch == 90 else "mma"] > 0
-    if kind == "default":
-        # One exp of the softmax and one of the weight for each pair; where the accumulator of a wide D needs more warps than the
-        # similarity tile has rows for, two warps do the same pairs.
-        pairs = tile.rows * tile.columns // (32 * tile.warps)
-        assert found["ex2"] <= 2 * pairs * (1 if row.max_d <= 256 else 2)
+def test_row_kernels_and_the_kernels_on_images_and_logits():
+    arch = 90
+    most = {"linf_kernel": 64, "l2_sums_kernel": 64, "l2_apply_kernel": 64, "augment_kernel": 64, "fold_kernel": 64}
+    rows = [case for case in aot.supcon_cases(arch, [512], ["default"], ["fp16"]) if "BM" not in case[1].arguments]
+    assert len(rows) >= 5
+    for label, launch in [*rows, *aot.other_cases(arch)]:
+        found = aot.compile_launch(launch, arch)
+        assert not aot.faults(label | found), (label, found["spilled"])
+        assert found["registers"] <= most.get(label["kernel"], 128), label
+        if label["kernel"] in ("linf_kernel", "l2_sums_kernel", "l2_apply_kernel"):
+            assert "ld.global.v4" in found["ptx"], label
+        if label["kernel"] == "linf_kernel":
+            # The interpreter's minimum and maximum keep NaN whatever they are told; a GPU's do with .NaN alone.
+            assert "max.NaN.f32" in found["ptx"] and not re.search(r"(max|min)\.f32", found["ptx"])
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["normalize", "finish_rows", "reduce_rows", "row_roles", "finish_gradient"])
-def test_row_kernels(name, arch, tmp_path):
-    found = resources(
-        compile_kernel(name, arch, "fp16", 4, 3, D=512, ROWS=4 if "D" in getattr(supcon, name).arg_names else 128), tmp_path
-    )
-    assert found["spilled"] == 0 and found["registers"] <= 128
-
-
-PAIR_VARIANTS = [
-    ({"WEIGHT": "uniform", "NEGATIVES": True}, {}),
-    ({"BETA_TENSOR": True, "DETACHED": False}, {"beta": "*fp32"}),
-    ({"SELF": False, "SYMMETRIC": False, "INSTANCES": True}, {}),
-    ({"SELF": False, "SYMMETRIC": False, "VIEWS": True, "DETACHED": False}, {}),
-    ({}, {"n_key": "1"}),
-    ({"VIEWS": True}, {"n_views": "1"}),
-]
-ROW_VARIANTS = [
-    ("normalize", {"TF32": True}, {"u": "*bf16", "labels": "*i32"}),
-    ("normalize", {}, {"u": "*fp16", "labels": "*u8", "n": "1", "n_features": "1"}),
-    ("finish_rows", {"COUNT": True, "ANCHORS": True}, {"anchors": "*i8", "split": "1", "n": "1"}),
-    ("reduce_rows", {"REDUCTION": "mean_all", "ANCHORS": True}, {"anchors": "*i8"}),
-    ("reduce_rows", {"REDUCTION": "mean_all"}, {"n": "1"}),
-    ("reduce_rows", {"REDUCTION": "sum"}, {}),
-    ("row_roles", {"COUNT": True, "DETACHED": False, "PER_ROW": True}, {}),
-    ("row_roles", {"DETACHED": False}, {"n": "1"}),
-    ("finish_gradient", {"PER_ROW": True}, {"u": "*bf16", "du": "*bf16", "split": "1"}),
+# Options, arguments beyond labels, rows, features, dtype, views. What the interpreter forgives, the compiler may not: types of
+# branches, integers that are 1 (which Triton makes constants), pointers of other types.
+OPTIONS = [
+    ({"weight": "uniform", "denominator": "negatives", "reduction": "mean_all"}, ("anchors",), 130, 32, torch.float32, 3),
+    ({"detach_weights": False, "normalizer": "count", "reduction": "sum"}, ("beta",), 130, 32, torch.float16, 3),
+    ({"reduction": "none", "detach_keys": True}, ("anchors",), 130, 32, torch.bfloat16, 3),
+    ({"weight": "topk", "k": 1, "denominator": "pairwise"}, ("views", "denominator_mask"), 130, 20, torch.float32, 1),
+    ({"weight": "topk", "k": 5, "temperature": 0.01}, ("ref_embeddings", "ref_labels"), 130, 32, torch.float32, 3),
+    ({"denominator": "pairwise", "detach_weights": False, "selection": "hard"}, ("predictions",), 130, 32, torch.float32, 3),
+    ({"hard_negative_beta": 1.0, "selection": "soft", "normalizer": "count"}, ("predictions",), 130, 32, torch.float32, 3),
+    ({"selection": "leaking", "temperature": 0.02, "weight": "pow"}, ("predictions", "instances"), 130, 32, torch.float32, 3),
+    ({"detach_weights": False}, ("views", "positive_coef"), 1, 1, torch.float32, 1),
+    ({"precision": "tf32", "reduction": "mean_all"}, ("ref_embeddings", "ref_labels"), 1, 1, torch.float32, 3),
 ]
 
 
-@pytest.mark.parametrize("flags, types", PAIR_VARIANTS)
-@pytest.mark.parametrize("name", ["row_stats", "gradient"])
-def test_every_option_compiles(name, flags, types):
-    """What the interpreter forgives, the compiler may not: types of branches, integers that are 1, pointers of other types."""
-    compile_kernel(name, 90, "fp16", 4, 2, types, D=32, BM=64, BN=32, **flags)
+@pytest.mark.parametrize("options, given, n, d, dtype, n_views", OPTIONS)
+def test_every_option_compiles(options, given, n, d, dtype, n_views):
+    for launch in aot.supcon_launches(90, n, d, Options(**options), given, dtype, n_views):
+        aot.compile_launch(launch, 90)
 
 
-@pytest.mark.parametrize("name, flags, types", ROW_VARIANTS)
-def test_every_option_of_the_row_kernels_compiles(name, flags, types):
-    compile_kernel(name, 90, "fp32", 4, 3, types, D=32, ROWS=64 if name in ("normalize", "finish_gradient") else 128, **flags)
+def test_the_command_compiles_every_kernel_there_is():
+    """By the kernels' own sources: what no other jit function calls is a kernel."""
+    recorded = {label["kernel"] for label, _ in [*aot.supcon_cases(90, [128], precisions=["fp16"]), *aot.other_cases(90)]}
+    functions = {}
+    for info in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{info.name}")
+        functions |= {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    called = {name for function in functions.values() for name in function.fn.__code__.co_names}
+    assert {name.strip("_") for name in functions if name not in called} == recorded
 
 
-def test_every_supported_case_has_a_tile():
+def test_every_supported_case_has_a_tile_and_every_row_a_case():
+    used = set()
     for kernel in ("row_stats", "gradient"):
-        for d in (16, 32, 64, 128, 256, 512):
+        for arch in config.SHARED_LIMIT:
             for n in (1, 4096, 65536):
-                assert all(config.tile(kernel, arch, "fp16", d, n, False) for arch in config.SHARED_LIMIT)
-                assert all(config.tile(kernel, 90, precision, min(d, 256), n, False) for precision in ("tf32", "ieee"))
-                assert all(config.tile(kernel, arch, "fp16", min(d, 256), n, True) for arch in config.SHARED_LIMIT)
+                for d in (16, 32, 64, 128, 256, 512):
+                    assert config.row(kernel, arch, "fp16", d, n, False)
+                    for precision in PRECISIONS:
+                        found = [config.row(kernel, arch, precision, d, n, heavy) for heavy in (False, True)]
+                        assert d > 128 or all(found), (kernel, arch, precision, d)
+                        used |= set(found)
+    assert used - {None} == set(config.TABLE)
     assert config.tile("gradient", 86, "ieee", 512, 100, False) is None
+
+
+@pytest.mark.parametrize(
+    "capability, arch", [((8, 0), 80), ((8, 6), 86), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 89)]
+)  # fmt: skip
+def test_every_capability_has_the_rows_of_a_card_with_no_more_memory(capability, arch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert config.architecture(torch.device("cuda")) == arch
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    cases = [
+        case for case in aot.supcon_cases(90, [64], ["default"], ["fp16"]) if case[0]["kernel"] in ("row_stats", "row_roles")
+    ]
+    monkeypatch.setattr(aot, "supcon_cases", lambda arch: cases)
+    monkeypatch.setattr(aot, "other_cases", lambda arch: [])
+    assert aot.main(["--arch", "90", "--json", str(tmp_path / "aot.json")]) == 0
+    said, kept = capsys.readouterr().out, json.loads((tmp_path / "aot.json").read_text())
+    assert f"triton {triton.__version__}" in said and "0 with faults" in said and kept["triton"] == triton.__version__
+    assert [row["kernel"] for row in kept["rows"]] == [label["kernel"] for label, _ in cases]
+    stats = next(row for row in kept["rows"] if row["kernel"] == "row_stats")
+    assert stats["wgmma"] > 0 and stats["registers"] > 0 and stats["faults"] == []
+    monkeypatch.setitem(config.SHARED_LIMIT, 90, 1024)
+    assert aot.main(["--arch", "90"]) == 1 and "bytes of shared memory, 1024 allowed" in capsys.readouterr().out
+
+
+def test_launchers_refuse_the_cpu_outside_the_interpreter():
+    images, logits = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)
+    labels, seed = torch.zeros(2, dtype=torch.int64), torch.tensor([1])
+    store, offsets = torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)
+    fold = bn_fold.Fold(images, torch.zeros_like(images), None, None, None, None, None, None, 1e-5)
+    for call in (
+        lambda: pgd.pgd_step(images, images, images, 0.1, 0.1),
+        lambda: pgd.pgd_step(images, images, images, 0.1, 0.1, "l2"),
+        lambda: noise.start_noise(images, 0.1, seed),
+        lambda: augment.augment(store, offsets, None),
+        lambda: augment.augment_random(store, seed),
+        lambda: heads.label_head("ce", logits, labels),
+        lambda: heads.kl_head(logits, logits),
+        lambda: bn_fold.bn_fold(bn_fold.FoldTable([fold])),
+        lambda: epilogue.epilogue_(images),
+        lambda: supcon_launch.forward(logits, labels, Options()),
+    ):
+        with pytest.raises(ValueError, match="is on cpu: Triton kernels need CUDA tensors"):
+            call()
+
+
+def test_the_interpreter_leaves_everything_as_it_was():
+    """Also after a launch that fails, and the language already between launches. (Triton adds names of its own to modules.)"""
+    language, patched = (tl, tl.core, tl.math, tl.standard, tl.tensor), (heads, noise, augment)
+    before = {part: dict(vars(part)) for part in (*language, *patched)}
+
+    def kept(*parts):
+        return all(vars(part)[name] is value for part in parts for name, value in before[part].items())
+
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    with interpreted(heads, augment):
+        replaced = (heads._label_kernel, augment.philox, noise.philox)
+        assert not any(isinstance(value, triton.JITFunction) for value in replaced) and augment.philox is noise.philox
+        heads.label_head("ce", logits, labels)
+        with pytest.raises(TypeError, match="missing"):
+            heads._label_kernel[(1,)](logits)
+        assert kept(*language)
+    assert kept(*language, *patched)

@@ -9,13 +9,17 @@ from scipy import stats
 
 pytest.importorskip("triton")
 
-import kernel_helpers
-from fastanchor.kernels import augment as compiled
+from fastanchor.kernels import augment as kernels
+from interpreter import interpreted
 from test_kernels_pgd import philox
 
 from fastanchor.data import views
 
-kernels = kernel_helpers.interpreted("fastanchor.kernels.augment")
+
+@pytest.fixture(autouse=True)
+def on_the_interpreter():
+    with interpreted(kernels):
+        yield
 
 
 def store(count, height, width, channels, seed=0):
@@ -105,19 +109,3 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             kernels.augment(*arguments, **options)
-    with pytest.raises(ValueError, match="images_u8 is on cpu: Triton kernels need CUDA tensors"):
-        compiled.augment(images, offsets, mirrored)
-    with pytest.raises(ValueError, match="images_u8 is on cpu: Triton kernels need CUDA tensors"):
-        compiled.augment_random(images, torch.tensor([1]))
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_compiled_without_spills(arch):
-    recorder, launches = kernel_helpers.recorded("fastanchor.kernels.augment")
-    images, offsets = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.int64)
-    low = torch.empty(4, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    recorder.augment(images, offsets, torch.zeros(4, dtype=torch.bool), index=torch.zeros(4, dtype=torch.int64), low=low)
-    recorder.augment_random(images, torch.tensor([1]))
-    for launch in launches:
-        usage = kernel_helpers.compile_launch(arch, launch)
-        assert usage["spills"] == 0 and usage["registers"] <= 64, usage

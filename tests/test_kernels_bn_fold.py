@@ -8,13 +8,18 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-import kernel_helpers
-from fastanchor.kernels import bn_fold as compiled
+from fastanchor.kernels import bn_fold as kernels
+from interpreter import interpreted
 
 from fastanchor.models.folded import fold
 
-kernels = kernel_helpers.interpreted("fastanchor.kernels.bn_fold")
 FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.fixture(autouse=True)
+def on_the_interpreter():
+    with interpreted(kernels):
+        yield
 
 
 def a_layer(channels, inner, side, *, norm=True, affine=True, bias=False, formats=FORMATS, dtype=torch.float32, seed=0):
@@ -25,7 +30,7 @@ def a_layer(channels, inner, side, *, norm=True, affine=True, bias=False, format
 
     weight = torch.randn(channels, inner, side, side, generator=generator).contiguous(memory_format=formats[0])
     out_bias = torch.full((channels,), 9.0, dtype=dtype) if norm or bias else None
-    return compiled.Fold(
+    return kernels.Fold(
         weight, torch.full_like(weight, 9.0, dtype=dtype).contiguous(memory_format=formats[1]), vector(bias), out_bias,
         vector(norm), vector(norm, 1e-6), vector(norm and affine), vector(norm and affine), 1e-5,
     )  # fmt: skip
@@ -78,7 +83,7 @@ def live_layers(twin):
     for layer in twin.layers:
         conv, norm = layer.sources
         of_norm = (None, None, None, None, 1e-5) if norm is None else (norm.mean, norm.var, norm.weight, norm.bias, norm.eps)
-        folds.append(compiled.Fold(conv.weight, layer.weight, conv.bias, layer.bias, *of_norm))
+        folds.append(kernels.Fold(conv.weight, layer.weight, conv.bias, layer.bias, *of_norm))
     return folds
 
 
@@ -134,14 +139,3 @@ def test_what_is_refused():
         kernels.FoldTable([])
     with pytest.raises(ValueError, match="of one dtype"):
         kernels.FoldTable([good, a_layer(4, 3, 3, dtype=torch.bfloat16)])
-    with pytest.raises(ValueError, match="table is on cpu: Triton kernels need CUDA tensors"):
-        compiled.bn_fold(compiled.FoldTable([good]))
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_without_spills(arch, dtype):
-    recorder, launches = kernel_helpers.recorded("fastanchor.kernels.bn_fold")
-    recorder.bn_fold(recorder.FoldTable([a_layer(64, 64, 3, dtype=dtype)]))
-    usage = kernel_helpers.compile_launch(arch, launches[0])
-    assert usage["spills"] == 0 and usage["registers"] <= 64, usage
