@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 import triton
-from fastanchor.kernels import augment, bn_fold, config, epilogue, heads, noise, pgd, supcon_launch
+from fastanchor.kernels import augment, bn_fold, config, epilogue, heads, limits, noise, pgd, supcon_launch
 from fastanchor.kernels.supcon_launch import Options
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -167,7 +167,7 @@ VARIANTS = {
     "worst": (ATTACHED, ("instances",)),
     "keys": (ATTACHED, ("instances", *KEYS)),
     "views": (ATTACHED, VIEWS),
-    "topk": ({"weight": "topk", "k": supcon_launch.MAX_K}, ()),
+    "topk": ({"weight": "topk", "k": limits.MAX_K}, ()),
     "pairwise": ({**ATTACHED, "denominator": "pairwise"}, ()),
     "all": ({**SELECTED, "hard_negative_beta": 1.0}, OF_ALL),
     "all keys": ({**SELECTED, "hard_negative_beta": 1.0}, (*OF_ALL, *KEYS, "ref_views", "ref_predictions")),
@@ -277,7 +277,8 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default=",".join(map(str, config.SHARED_LIMIT)), help="as in sm_90, separated by commas")
+    every = ",".join(map(str, config.SHARED_LIMIT))
+    parser.add_argument("--arch", default=every, help="such as 80,90 for sm_80 and sm_90; default: all")
     parser.add_argument("--json", type=Path, help="keep the figures here")
     chosen = parser.parse_args(arguments)
     archs = [arch for arch in config.SHARED_LIMIT if str(arch) in chosen.arch.split(",")]

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from fastanchor.kernels import usable
 
 from bench.results import Results
 
@@ -57,6 +58,19 @@ class Bench:
     def left(self) -> float:
         """Seconds left for this part."""
         return self.deadline - time.perf_counter()
+
+    def no_compile(self, seconds: float) -> str | None:
+        """Why nothing is begun that the compiler needs this long for; None where it is."""
+        if not self.compile:
+            return "compiling was switched off"
+        return f"{self.left():.0f} s were left" if self.left() < seconds else None
+
+    def no_kernels(self) -> str | None:
+        """Why Triton's kernels do not run here; None where they do."""
+        runs, why = usable(self.device)
+        if runs:
+            return None
+        return why if self.cuda else NEEDS_CUDA
 
     def rates(self, flops: float, images: int, ms: float) -> dict[str, float]:
         """flops: that the algorithm needs for one image, whatever was done."""

@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import cases
-from bench.cold import replayed
+from bench import cases, cold
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.timing import interleaved, summary
 from fastanchor.attacks.modes import attack_mode
-from fastanchor.graphs import Captured
 from fastanchor.models.folded import FoldedTwin, fold
 from fastanchor.ops import folding
 
@@ -26,8 +24,6 @@ PART, REFRESH = "convs", "refresh"
 # (channels, pixels a side) of the four stages.
 SHAPES = ((64, 32), (128, 16), (256, 8), (512, 4))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Several times the 50 MB L2 cache of an H100.
-ROTATED_BYTES = 200_000_000
 COMPILE_SECONDS = 15.0
 
 
@@ -55,8 +51,8 @@ def run(bench: Bench) -> None:
         for channels, pixels in SHAPES:
             for batch in bench.batches:
                 layer = _Layer(batch, channels, channels, pixels, dtype)
-                if not bench.compile or bench.left() < COMPILE_SECONDS:
-                    reason = "compiling was switched off" if not bench.compile else f"{bench.left():.0f} s were left"
+                reason = bench.no_compile(COMPILE_SECONDS)
+                if reason is not None:
                     bench.results.add(PART, "compiled", **vars(layer), left_out=reason)
                 else:
                     torch._dynamo.reset()
@@ -161,18 +157,13 @@ def _tensors(layer: _Layer, device: torch.device, seed: int) -> tuple[Tensor, ..
 def _measure(bench: Bench, layer: _Layer, operations: dict[str, Operation]) -> None:
     """A row an operation; its milliseconds are of one call."""
     first = _tensors(layer, bench.device, 0)
-    count = max(2, -(-ROTATED_BYTES // sum(t.numel() * t.element_size() for t in first)))
+    count = cold.sets_needed(sum(t.numel() * t.element_size() for t in first), bench.device)
     sets = [first, *(_tensors(layer, bench.device, seed) for seed in range(1, count))]
     with torch.no_grad():
         for name, operation in operations.items():
             with bench.results.entry(PART, name, **vars(layer)):
-
-                def every(_: Tensor, operation: Operation = operation) -> None:
-                    for tensors in sets:
-                        operation(*tensors)
-
-                captured = Captured(every, (first[2],))
-                times = interleaved({name: lambda captured=captured: captured(first[2])}, bench.device, rounds=5, fill=0.01)
+                call = cold.replayed(cold.sweep(operation, sets), bench.device)
+                times = interleaved({name: call}, bench.device, rounds=5, fill=0.01)
                 row = summary([seconds / count for seconds in times[name]])
                 rate = layer.flops() / row["ms"] * 1e3
                 row |= {"model_tflops": rate / 1e12, "share_of_bf16_matmul": rate / bench.ceiling}
@@ -199,7 +190,7 @@ def _refresh(bench: Bench, dtype: torch.dtype) -> None:
         del ways["one kernel"]
     calls = {"eager": ways}
     if bench.cuda:
-        calls["graph"] = {name: replayed(way, bench.device) for name, way in ways.items()}
+        calls["graph"] = {name: cold.replayed(way, bench.device) for name, way in ways.items()}
     moved = sum(layer.weight.numel() * (4 + layer.weight.itemsize) for layer in twin.layers)
     for how, made in calls.items():
         times = interleaved(made, bench.device, rounds=bench.rounds, fill=bench.fill / 4)

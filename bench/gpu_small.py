@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastanchor.kernels import usable
 from torch import Tensor
 
 from bench import cases, cold
-from bench.gpu_common import NEEDS_CUDA, Bench
+from bench.gpu_common import Bench
 from bench.timing import interleaved, summary
 from fastanchor.attacks.engine import own_code
 from fastanchor.ceilings import copy_bandwidth
@@ -48,19 +47,19 @@ class Case(NamedTuple):
 
 def run(bench: Bench) -> None:
     """All kernels against the truth; then the time of each beside eager, and last beside torch.compile."""
-    runs, why = usable(bench.device)
-    if not runs:
-        bench.results.add(PART, "kernel", left_out=NEEDS_CUDA if bench.device.type == "cpu" else why)
+    no_kernels = bench.no_kernels()
+    if no_kernels is not None:
+        bench.results.add(PART, "kernel", left_out=no_kernels)
     made = list(_cases(bench))
-    for case in made if runs else ():
+    for case in made if no_kernels is None else ():
         with bench.results.entry(PART, "against the truth", what=case.what):
             check(bench, case)
     for case in made:
-        forms = {"eager": case.plain} | ({"kernel": case.kernel} if runs else {})
+        forms = {"eager": case.plain} | ({"kernel": case.kernel} if no_kernels is None else {})
         _measure(bench, case, forms)
     for case in made:
-        if not bench.compile or bench.left() < COMPILE_SECONDS:
-            reason = "compiling was switched off" if not bench.compile else f"{bench.left():.0f} s were left"
+        reason = bench.no_compile(COMPILE_SECONDS)
+        if reason is not None:
             bench.results.add(PART, "compiled", what=case.what, left_out=reason)
             continue
         torch._dynamo.reset()
@@ -151,11 +150,10 @@ def _image_cases(bench: Bench, batch: int) -> Iterator[Case]:
 
         return pgd.pgd_step(x_adv, gradient, images, L2_EPS, L2_STEP, "l2")
 
-    yield Case(
-        f"pgd_step linf {batch}", step_inputs, linf,
-        lambda x, gradient, images, lower, upper: ops.linf_step(x, gradient, (lower, upper), STEP),
-        lambda x, gradient, images, lower, upper: ops.linf_step(x, gradient, (lower, upper), STEP), 2e-7, 16 * elements,
-    )  # fmt: skip
+    def plain_linf(x_adv, gradient, images, lower, upper):
+        return ops.linf_step(x_adv, gradient, (lower, upper), STEP)
+
+    yield Case(f"pgd_step linf {batch}", step_inputs, linf, plain_linf, plain_linf, 2e-7, 16 * elements)
 
     def plain_l2(x_adv, gradient, images, *_):
         return attacks.project(attacks.ascend(x_adv, gradient, L2_STEP, "l2"), images, L2_EPS, "l2")

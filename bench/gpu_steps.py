@@ -47,8 +47,8 @@ def _compiled(bench: Bench, data: ResidentSplit, method: str, batch: int, best: 
     """The compiled settings of one method and batch, and an epoch where they are the best so far."""
     names = ("engine, bf16, graph, compile", "engine, bf16, compile")
     fields = {"method": method, "batch": batch, "cudnn_benchmark": bench.cudnn_benchmark}
-    if not bench.compile or bench.left() < COMPILE_SECONDS:
-        reason = "compiling was switched off" if not bench.compile else f"{bench.left():.0f} s were left"
+    reason = bench.no_compile(COMPILE_SECONDS)
+    if reason is not None:
         for name in names:
             bench.results.add(PART, name, **fields, left_out=reason)
         return

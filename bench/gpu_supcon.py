@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import torch
-from fastanchor.kernels import usable
 from torch import Tensor
 
 from bench import supcon_cases as cases
@@ -21,8 +20,8 @@ from bench.timing import peak_memory_mb
 PART, SANITIZER = "supcon", "sanitizer"
 FEATURES = 128
 LARGE = 32768
-# N at which all options are tried; it is no multiple of any tile.
-RAGGED = 1000
+# N at which all options are tried: no multiple of any tile, and enough for a program to go over several column tiles.
+RAGGED = 3001
 # Rounding of a loss that is a mean of many rows is a matter of luck, its own and eager's; a gradient's is not.
 ALLOWED_LOSS, ALLOWED_GRADIENT = 1e-5, 1e-6
 # Of the promise: peak memory at N = 65,536.
@@ -34,9 +33,9 @@ def run(bench: Bench) -> None:
     """The usual loss in every precision and regime, then the largest N, then every option, then the rest in order of cost."""
     torch.set_float32_matmul_precision("highest")
     _check_truth(bench)
-    runs, why = usable(bench.device)
-    if not runs:
-        bench.results.add(PART, "kernels", left_out=NEEDS_CUDA if bench.device.type == "cpu" else why)
+    reason = bench.no_kernels()
+    if reason is not None:
+        bench.results.add(PART, "kernels", left_out=reason)
         return
     sizes, large, d, small = ((RAGGED, 4096, 130), LARGE, FEATURES, RAGGED) if not bench.quick else ((66,), 130, 32, 66)
     for n in sizes:
@@ -55,7 +54,7 @@ def run(bench: Bench) -> None:
         _group(bench, "default", regime, large, d, ("tf32", "ieee"))
     for name in list(cases.CASES)[1:]:
         _group(bench, name, "mid", small, d, ("ieee", "tf32"))
-    for name in ("attached", "topk", "pairwise", "hard negatives", "views", "keys"):
+    for name in ("attached", "tau 0.01", "topk", "pairwise", "hard negatives", "views", "keys", "selection hard"):
         for regime in ("trained", "random"):
             _group(bench, name, regime, large, d, ("fp16",))
 

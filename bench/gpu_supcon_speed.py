@@ -15,7 +15,6 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from fastanchor.kernels import usable
 from torch import Tensor
 
 from bench import cold, peers
@@ -49,11 +48,11 @@ class Entry(NamedTuple):
 
 def run(bench: Bench) -> None:
     """The size of the promise with all that is compared, then the other sizes, then what takes a compiler long."""
-    runs, why = usable(bench.device)
-    if not runs:
-        bench.results.add(PART, "ours", left_out=NEEDS_CUDA if bench.device.type == "cpu" else why)
+    reason = bench.no_kernels()
+    if reason is not None:
+        bench.results.add(PART, "ours", left_out=reason)
     sizes, widths = (SIZES, (128, 64, 256)) if not bench.quick else ((64,), (16,))
-    ours = ("fp16", "tf32", "ieee") if runs else ()
+    ours = ("fp16", "tf32", "ieee") if reason is None else ()
     _measure(bench, sizes[0], widths[0], ours, peers.PLAIN)
     _measure_compiled(bench, sizes[0], widths[0], ours[:1], peers.COMPILED, "default")
     for n in sizes[1:]:
@@ -72,8 +71,8 @@ def run(bench: Bench) -> None:
 
 def _measure_compiled(bench: Bench, n: int, d: int, ours: tuple[str, ...], found: dict[str, peers.Peer], kind: str) -> None:
     for name in found:
-        if not bench.compile or bench.left() < COMPILE_SECONDS[kind]:
-            reason = "compiling was switched off" if not bench.compile else f"{bench.left():.0f} s were left"
+        reason = bench.no_compile(COMPILE_SECONDS[kind])
+        if reason is not None:
             bench.results.add(PART, name, n=n, d=d, left_out=reason)
         else:
             torch._dynamo.reset()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.supcon_truth import blockwise
+from fastanchor.ops.supcon_check import _rounded
 from fastanchor.reference.hard_supcon import hard_supcon
 
 # Length of the class centre beside unit noise: cosine within a class 0, 0.5, 0.98. Rounding shows in the last one alone: there
@@ -149,13 +150,6 @@ def dense(
         arguments = arguments | {"ref_embeddings": keys}
     loss = hard_supcon(seen[0], y, **arguments)
     return loss.detach(), *torch.autograd.grad(loss, inputs, upstream)
-
-
-def _rounded(x: Tensor, stored: torch.dtype | None) -> Tensor:
-    if stored is None:
-        return x
-    z = F.normalize(x)
-    return z + (z.to(stored).to(z.dtype) - z).detach()
 
 
 def truth(u: Tensor, y: Tensor, arguments: dict) -> tuple[Tensor, ...]:

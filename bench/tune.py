@@ -26,7 +26,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from fastanchor.kernels import config, supcon_launch, supcon_pairs
+from fastanchor.kernels import config, limits, supcon_launch, supcon_pairs
 from fastanchor.kernels.config import Row, Tile
 
 from bench import aot, cold
@@ -47,6 +47,10 @@ MOST_COPIES = 256
 WRONG = 5e-3
 # Columns of a line of the repository's Python.
 LINE = 130
+# Candidates of a bucket take minutes to compile: after each so many a line says how far it is.
+SAID_EVERY = 16
+# What --write rewrites: the table of the repository that this file is part of.
+TABLE = Path(__file__).resolve().parents[1] / "kernels" / "config.py"
 
 
 class Search(NamedTuple):
@@ -81,7 +85,7 @@ def candidates(search: Search) -> list[Tile]:
 @contextlib.contextmanager
 def forced(search: Search, tile: Tile) -> Iterator[None]:
     """Within, the tile serves the kernel in all cases: the first row of the table that serves one is taken."""
-    row = Row(search.kernel, tuple(config.SHARED_LIMIT), search.precision, supcon_launch.MAX_FEATURES, tile, "tried")
+    row = Row(search.kernel, tuple(config.SHARED_LIMIT), search.precision, limits.MAX_FEATURES, tile, "tried")
     with mock.patch.object(config, "TABLE", (row, *config.TABLE)):
         yield
 
@@ -106,11 +110,17 @@ def compiled(search: Search, tile: Tile) -> dict:
 
 
 def compile_all(search: Search, tiles: list[Tile], jobs: int) -> dict[Tile, dict]:
-    """`compiled` of each, in this many processes; Triton keeps on disk what they make."""
-    if jobs == 1:
-        return {tile: compiled(search, tile) for tile in tiles}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(tiles, pool.map(compiled, [search] * len(tiles), tiles), strict=True))
+    """`compiled` of each, in this many processes; prints how far it is. Triton keeps on disk what they make."""
+    found = {}
+    with contextlib.ExitStack() as stack:
+        each = map
+        if jobs > 1:
+            each = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))).map
+        for tile, made in zip(tiles, each(compiled, [search] * len(tiles), tiles), strict=True):
+            found[tile] = made
+            if len(found) % SAID_EVERY == 0:
+                print(f"  {len(found)} of {len(tiles)} compiled", flush=True)
+    return found
 
 
 # --- timing --------------------------------------------------------------------------------------------------------------------
@@ -260,12 +270,13 @@ def _formatted(row: Row) -> str:
 def run(search: Search, device: torch.device | None, jobs: int, deadline: float, keep: Path | None) -> Row | None:
     """Compile, time where there is a device, print; the winner, where there is one."""
     tiles = candidates(search)
+    how = "to be timed" if device is not None else "ahead of time, no GPU: not timed"
+    bucket = f"{search.kernel} sm_{search.arch} {search.precision} D = {search.d} N = {search.n}"
+    print(f"\n{bucket} ({how}): {len(tiles)} candidates", flush=True)
     made = compile_all(search, tiles, jobs)
     good = [tile for tile in tiles if not made[tile]["faults"]]
+    print(f"  {len(good)} of {len(tiles)} usable", flush=True)
     times, failed = timed(Problem(search, device), good, deadline) if device is not None and good else ({}, {})
-    how = "timed" if device is not None else "ahead of time, no GPU: not timed"
-    bucket = f"{search.kernel} sm_{search.arch} {search.precision} D = {search.d} N = {search.n}"
-    print(f"\n{bucket} ({how}): {len(good)} of {len(tiles)} usable")
     current = config.tile(search.kernel, search.arch, search.precision, search.d, search.n, False)
     for tile in sorted(good, key=lambda tile: times[tile]["ms"] if tile in times else float("inf")):
         row = {**search._asdict(), **vars(tile), **made[tile], **times.get(tile, {}), "failed": failed.get(tile)}
@@ -284,22 +295,31 @@ def run(search: Search, device: torch.device | None, jobs: int, deadline: float,
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
 
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+    def count(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        return int(text)
+
+    def counts(text: str) -> list[int]:
+        return [count(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="default: both")
     parser.add_argument("--precision", choices=supcon_launch.PRECISIONS, default="fp16")
-    parser.add_argument("--d", type=numbers, default=[128, 64, 256, 512], help="features, in order of worth")
-    parser.add_argument("--n", type=numbers, default=[8192, 1024], help=f"rows; up to {config.SMALL_N} is the table's small")
+    parser.add_argument("--d", type=counts, default=[128, 64, 256, 512], help="features, in order of worth")
+    parser.add_argument("--n", type=counts, default=[8192, 1024], help=f"rows; up to {config.SMALL_N} is the table's small")
     parser.add_argument("--arch", type=int, default=90, choices=sorted(config.SHARED_LIMIT), help="without a GPU: sm_90 is 90")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds, after which nothing more is timed")
     parser.add_argument("--json", type=Path, help="a line of JSON for each tile, as it comes")
     parser.add_argument("--write", action="store_true", help="put the winners into kernels/config.py")
     args = parser.parse_args(arguments)
     if args.write and not torch.cuda.is_available():
         parser.error("--write needs a CUDA device: nothing is timed without one")
+    if args.write and Path(config.__file__).resolve() != TABLE:
+        parser.error(f"--write would change {TABLE}, but the table in use is {config.__file__}: install this repository first")
+    if max(args.d) > limits.MAX_FEATURES:
+        parser.error(f"--d {max(args.d)}: the kernels take at most {limits.MAX_FEATURES} features")
     return args
 
 
@@ -320,8 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
             failures += 1
             continue
         if row is not None and args.write:
-            path = Path(config.__file__)
-            path.write_text(rewritten(path.read_text(encoding="utf-8"), [row]), encoding="utf-8")
+            TABLE.write_text(rewritten(TABLE.read_text(encoding="utf-8"), [row]), encoding="utf-8")
     return min(failures, 1)
 
 

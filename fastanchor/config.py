@@ -171,7 +171,8 @@ class EngineConfig:
     """torch.compile the attack's step and the training forward: a minute or more at the start, faster steps after it."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Triton kernels for the contrastive loss, the attack and the augmentation. auto: on a GPU, where they have agreed with plain
-    PyTorch | on: that or an error (on a CPU: their plain PyTorch counterparts) | off."""
+    PyTorch | on: the same, or an error where they do not serve a part that has them (on a CPU: their plain PyTorch counterparts)
+    | off. FASTANCHOR_KERNELS=off and =unchecked overrule the agreement."""
 
 
 @dataclass(frozen=True)

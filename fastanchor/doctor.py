@@ -65,6 +65,7 @@ def backends(device: torch.device) -> list[dict[str, str]]:
             else f"dense reference implementation; {supcon_why}",
         },
         _attack_kernels(device),
+        _augmentation(device),
         {
             "part": "optimiser",
             "backend": "torch fused SGD",
@@ -87,6 +88,11 @@ def _attack_kernels(device: torch.device) -> dict[str, str]:
         "backend": backend,
         "why": f"{', '.join(found)}: " + "; ".join(dict.fromkeys(plain.values() or (why for _, why in found.values()))),
     }
+
+
+def _augmentation(device: torch.device) -> dict[str, str]:
+    good, why = images.decide("augment", "auto", device)
+    return {"part": "crop and mirror", "backend": "triton" if good else "torch", "why": why}
 
 
 def _devices() -> list[str]:

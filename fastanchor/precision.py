@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
+
+from fastanchor.errors import UserError
 
 NO_FP16 = (
     "without loss scaling, input gradients below fp16's range become 0 and the attack stands still, which passes for robustness; "
@@ -35,3 +38,14 @@ def full_precision() -> Iterator[None]:
 def fp32_meaning() -> tuple[str, ...]:
     """What fp32 arithmetic stands for at present (IEEE, TF32, ...), a value for each kind of operation."""
     return tuple(switch.fp32_precision for switch in _SWITCHES)
+
+
+def wrong_dtype(model: nn.Module, dtype: torch.dtype) -> UserError | None:
+    """What to raise for a model that failed on images of `dtype`: None where its parameters are of that dtype, too."""
+    others = {parameter.dtype for parameter in model.parameters()} - {dtype}
+    if not others:
+        return None
+    return UserError(
+        f"the model's parameters are {' and '.join(sorted(map(str, others)))}, and it takes no images of {dtype}: "
+        "cast them in its forward, or convert it by model.float()"
+    )

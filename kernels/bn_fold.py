@@ -1,6 +1,6 @@
 """All BatchNorms of a network folded into their convolutions in one launch, from live parameters, by a table of addresses.
 
-`FoldedTwin.refresh` of `fastanchor/models/folded.py` is the truth.
+`fold_all` of `fastanchor/ops/folding.py` is the truth.
 """
 
 from __future__ import annotations

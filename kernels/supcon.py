@@ -25,7 +25,7 @@ Buffers (rows padded with zero rows to a multiple of 128, features to a power of
 
 import triton
 import triton.language as tl
-from fastanchor.kernels.supcon_pairs import FAR, keep_largest
+from fastanchor.kernels.supcon_pairs import FAR, keep_largest, round_tf32
 
 ZERO_NORM = tl.constexpr(1e-12)
 # Distances recomputed in another kernel may differ in the last digits: positives this close to the threshold are selected.
@@ -33,8 +33,14 @@ TIE = tl.constexpr(1e-6)
 
 
 @triton.jit
-def normalize(u, labels, z, ids, norms, n, n_pad, n_features, D: tl.constexpr, ROWS: tl.constexpr, TF32: tl.constexpr):
-    """z = u / ||u|| (0 for a zero row), 1 / ||u|| (0 likewise), 1 / ||z||, labels as int32. Reads and writes every row once."""
+def normalize(
+    u, labels, z, ids, norms, n, n_pad, n_features,
+    D: tl.constexpr, ROWS: tl.constexpr, TF32: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """z = u / ||u|| (0 for a zero row), 1 / ||u|| (0 likewise), 1 / ||z||, labels as int32. Reads and writes every row once.
+
+    1 / ||z|| of rows that are not ROUNDED is 1 but for roundings that are no smaller than what they would correct.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, D)
     inside = (row[:, None] < n) & (column[None, :] < n_features)
@@ -44,14 +50,15 @@ def normalize(u, labels, z, ids, norms, n, n_pad, n_features, D: tl.constexpr, R
     divisor = tl.where(positive, norm, 1.0)
     unit = tl.where(positive[:, None], tl.div_rn(x, tl.broadcast_to(divisor[:, None], (ROWS, D))), 0.0)
     if TF32:
-        # The tensor core cuts off the 13 low bits of what it reads, so they are rounded away here.
-        bits = unit.to(tl.int32, bitcast=True)
-        unit = ((bits + 0xFFF + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True)
+        unit = round_tf32(unit)
     stored = unit.to(z.dtype.element_ty)
     tl.store(z + row[:, None] * D + column[None, :], stored)
-    length = tl.sqrt_rn(tl.sum(stored.to(tl.float32) * stored.to(tl.float32), 1))
     tl.store(norms + row, tl.where(positive, 1.0 / divisor, 0.0))
-    tl.store(norms + n_pad + row, 1.0 / tl.where(positive, length, 1.0))
+    length = tl.full((ROWS,), 1.0, tl.float32)
+    if ROUNDED:
+        square = tl.sum(stored.to(tl.float32) * stored.to(tl.float32), 1)
+        length = tl.where(positive, tl.sqrt_rn(square), length)
+    tl.store(norms + n_pad + row, 1.0 / length)
     tl.store(ids + row, tl.load(labels + row, mask=row < n, other=-1).to(tl.int32))
 
 

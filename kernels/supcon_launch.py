@@ -10,18 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fastanchor.kernels import config, supcon, supcon_pairs
+from fastanchor.kernels import config, limits, supcon, supcon_pairs
 from fastanchor.kernels.launch import on_device
 from torch import Tensor
 
 PAD = 128  # rows of every buffer are a multiple of this, and every tile divides it
 PRECISIONS = ("fp16", "tf32", "ieee")
-FIXED_MAXIMUM = 0.03  # from this temperature on exp(-2 / tau) is a normal fp32 number, products with it included
-MIN_TEMPERATURE = 0.001  # below it the rounding of a distance is the size of tau
-MAX_BETA = 40.0
-MAX_GAMMA = 5.0
-MAX_K = 63
-MAX_FEATURES = 512
 # |G| <= 2 gain, times 1 + |phi'| (s - s_bar) with attached weights; fp16 ends at 65504.
 FP16_GAIN, FP16_GAIN_ATTACHED = 2.0**13, 2.0**6
 
@@ -32,6 +26,7 @@ class Options:
 
     precision: "fp16" (fp16 unit rows and G, fp32 sums), "tf32" (fp32 rounded to TF32), "ieee" (fp32, no tensor cores).
     On embeddings of tight classes (cosine 0.98) the first two give gradients that are a few 1e-3 off, the last about 1e-4.
+    splits: programs that share the columns of a block of rows, which changes the order of sums; None: enough to fill the card.
     """
 
     temperature: float = 0.1
@@ -47,6 +42,7 @@ class Options:
     scale: float = 1.0
     reduction: str = "mean_valid"
     precision: str = "fp16"
+    splits: int | None = None
 
     @property
     def constant_weights(self) -> bool:
@@ -56,7 +52,7 @@ class Options:
     @property
     def online(self) -> bool:
         """Whether every row needs a maximum of its own."""
-        return self.temperature < FIXED_MAXIMUM
+        return self.temperature < limits.FIXED_MAXIMUM
 
     @property
     def plain(self) -> bool:
@@ -103,22 +99,19 @@ def supported(
     """
     if dtype == torch.float64:
         return False, "the kernels compute in fp32, the embeddings are fp64"
-    if n_features > MAX_FEATURES:
-        return False, f"the kernels hold at most {MAX_FEATURES} features, these are {n_features}"
+    if n_features > limits.MAX_FEATURES:
+        return False, f"the kernels hold at most {limits.MAX_FEATURES} features, these are {n_features}"
     if options.precision not in PRECISIONS:
         return False, f"precision {options.precision!r} is not one of {', '.join(PRECISIONS)}"
-    if options.temperature < MIN_TEMPERATURE:
-        return False, f"fp32 needs temperature >= {MIN_TEMPERATURE}, this is {options.temperature}"
-    if options.weight == "exp" and not isinstance(beta, Tensor) and abs(beta) > MAX_BETA:
-        return False, f"exp weights need |beta| <= {MAX_BETA:g} in fp32, this is {beta}"
-    if options.weight == "pow" and not 0 <= options.gamma <= MAX_GAMMA:
-        return False, f"pow weights need 0 <= gamma <= {MAX_GAMMA:g} in fp32, this is {options.gamma}"
-    if options.weight == "pow" and not options.detach_weights and options.precision == "fp16" and options.gamma < 1:
-        return False, "attached pow weights with gamma < 1 have a slope too steep for fp16"
-    if options.weight == "topk" and options.k > MAX_K:
-        return False, f"topk weights keep at most k = {MAX_K} positives, this is {options.k}"
-    if abs(options.hard_negative_beta) > MAX_BETA:
-        return False, f"negatives need |hard_negative_beta| <= {MAX_BETA:g} in fp32, this is {options.hard_negative_beta}"
+    steep = not options.detach_weights and options.precision == "fp16"
+    number = 0.0 if isinstance(beta, Tensor) else beta
+    reason = limits.refused(
+        options.temperature, options.weight, number, options.gamma, options.hard_negative_beta, steep=steep
+    )  # fmt: skip
+    if reason:
+        return False, reason
+    if options.weight == "topk" and options.k > limits.MAX_K:
+        return False, f"topk weights keep at most k = {limits.MAX_K} positives, this is {options.k}"
     arch = config.architecture(device or torch.device("cpu"))
     many = views or not options.plain
     if not all(config.tile(kernel, arch, options.precision, n_features, 1, many) for kernel in ("row_stats", "gradient")):
@@ -302,7 +295,7 @@ def _side(u, labels, instances, views, predictions, options) -> Side:
     rows = max(1, 2048 // width)
     supcon.normalize[(n_pad // rows,)](
         u.contiguous(), labels.contiguous(), z, ids, norms, n, n_pad, n_features,
-        D=width, ROWS=rows, TF32=options.precision == "tf32", num_warps=4,
+        D=width, ROWS=rows, TF32=options.precision == "tf32", ROUNDED=options.precision != "ieee", num_warps=4,
     )  # fmt: skip
     for index, values in ((1, instances), (2, views), (3, predictions)):
         if values is not None:
@@ -316,7 +309,7 @@ def _plan(kernel, side, other, options, views=False):
     width = side.z.shape[1]
     tile = config.tile(kernel, arch, options.precision, width, side.n, views or not options.plain)
     row_blocks, column_tiles = len(side.z) // tile.rows, -(-other.n // tile.columns)
-    split = min(column_tiles, max(1, -(-2 * config.MULTIPROCESSORS[arch] // row_blocks)))
+    split = min(column_tiles, options.splits or max(1, -(-2 * config.MULTIPROCESSORS[arch] // row_blocks)))
     per_program = -(-column_tiles // split)
     tiles = {"D": width, "BM": tile.rows, "BN": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
     if options.precision == "ieee":

@@ -18,6 +18,13 @@ FAR = tl.constexpr(1e30)  # beyond every distance, and finite: differences of tw
 
 
 @triton.jit
+def round_tf32(x):
+    """To nearest: the tensor core cuts off the 13 low bits of what it reads."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _ids(ids, n_pad, at, INSTANCES: tl.constexpr, VIEWS: tl.constexpr, SELECTION: tl.constexpr):
     """Label, instance, view and predicted class of rows; the label stands in for what is not used."""
     y = tl.load(ids + at)
@@ -386,6 +393,8 @@ def gradient(
         if SELF:
             counts = counts & (row[:, None] != column[None, :])
         g = tl.where(counts, g, 0.0)
+        if DOT == "tf32" and zj.dtype == tl.float32:
+            g = round_tf32(g)
         acc = tl.dot(g.to(zj.dtype), zj, acc, input_precision=DOT)
     out = partial_dz + (tl.program_id(1).to(tl.int64) * n_pad + row[:, None]) * D + feature[None, :]
     tl.store(out, acc)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from fastanchor.kernels.limits import MAX_BETA
 from graph_emulator import Emulator
 from test_step import make_config
 from test_step_graphed import assert_same, make_step, run
 
 from fastanchor import graphs
+from fastanchor.errors import UserError
 from fastanchor.methods import build_method
 from fastanchor.methods.anchor import LinearStage
-from fastanchor.ops.supcon import MAX_BETA
 
 
 @pytest.mark.parametrize(
@@ -48,11 +49,10 @@ def test_the_switch_decides_the_backend(kernels, backend):
     assert method.attack(torch.zeros(())).kernels == stage2.attack(torch.zeros(())).kernels == kernels
 
 
-def test_a_warm_up_beyond_what_the_kernels_hold_is_torch():
-    """There beta is a tensor, which `auto` does not look into."""
+def test_a_warm_up_beyond_what_the_kernels_hold_is_torch_or_an_error():
+    """There beta is a tensor, which the loss does not look into."""
     beyond = ["--loss.beta", f"{MAX_BETA + 1:g}"]
-    backends = [
-        build_method(make_config(*beyond, *flags)).loss_backend
-        for flags in ([], ["--engine.kernels", "on"], ["--loss.weight", "uniform"])
-    ]
-    assert backends == ["torch", "triton", "auto"]
+    backends = [build_method(make_config(*beyond, *flags)).loss_backend for flags in ([], ["--loss.weight", "uniform"])]
+    assert backends == ["torch", "auto"]
+    with pytest.raises(UserError, match=r"engine.kernels = on: exp weights need \|beta\| <= 40, loss.beta = 41"):
+        build_method(make_config(*beyond, "--engine.kernels", "on"))

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastanchor.kernels import augment, bn_fold, config, heads, noise, pgd, supcon, supcon_launch, supcon_pairs
+from fastanchor.kernels import augment, bn_fold, config, heads, limits, noise, pgd, supcon, supcon_launch, supcon_pairs
 from fastanchor.kernels.config import Row, Tile
 from graph_emulator import Emulator
 from interpreter import interpreted
 
-from bench import gpu_small, gpu_supcon, gpu_supcon_speed, gpu_tables, peers, supcon_cases, tune
+from bench import gpu_common, gpu_small, gpu_supcon, gpu_supcon_speed, gpu_tables, peers, supcon_cases, tune
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.results import Results
 from bench.supcon_truth import blockwise
@@ -192,11 +193,26 @@ def test_one_that_fails_or_runs_out_of_memory_is_a_row_and_graphs_are_replayed(b
     assert cell == f"{eager['replay_ms']:.3g}* 1.00x 50% 12MB"
 
 
+# --- what is left out, and why -----------------------------------------------------------------------------------------------------
+
+
+def test_reasons_for_what_is_left_out(bench, monkeypatch):
+    assert bench.no_compile(1.0) == "compiling was switched off"
+    bench.compile, bench.deadline = True, time.perf_counter() + 20.4
+    assert bench.no_compile(1.0) is None and bench.no_compile(30.0) == "20 s were left"
+    assert bench.no_kernels() == NEEDS_CUDA
+    monkeypatch.setattr(Bench, "cuda", True)
+    monkeypatch.setattr(gpu_common, "usable", lambda device: (False, "triton is not installed"))
+    assert bench.no_kernels() == "triton is not installed"
+    monkeypatch.setattr(gpu_common, "usable", lambda device: (True, "triton"))
+    assert bench.no_kernels() is None
+
+
 # --- the small kernels -----------------------------------------------------------------------------------------------------------
 
 
 def test_small_kernels_are_checked_and_timed(bench, monkeypatch):
-    monkeypatch.setattr(gpu_small, "usable", lambda device: (True, ""))
+    monkeypatch.setattr(gpu_common, "usable", lambda device: (True, ""))
     monkeypatch.setattr(Bench, "pixels", 4)
     monkeypatch.setattr(gpu_small, "CONVOLUTIONS", [(4, 3, 3), (5, 4, 1)])
     with interpreted(pgd, noise, augment, heads, bn_fold):
@@ -296,18 +312,48 @@ def test_without_a_gpu_tiles_are_compiled_and_nothing_is_written(capsys, monkeyp
     for name, values in (("ROWS", (64,)), ("COLUMNS", (32, 64)), ("WARPS", (4,)), ("STAGES", (2,))):
         monkeypatch.setattr(tune, name, values)
     faults = tune.aot.faults
+    monkeypatch.setattr(tune, "SAID_EVERY", 1)
     monkeypatch.setattr(tune.aot, "faults", lambda row: ["8 bytes spilled"] if row["tile"] == "64x32" else faults(row))
     keep = tmp_path / "tiles.jsonl"
     assert tune.main(["--kernel", "gradient", "--d", "64", "--n", "1024", "--jobs", "1", "--json", str(keep)]) == 0
     out = capsys.readouterr().out
-    assert "gradient sm_90 fp16 D = 64 N = 1024 (ahead of time, no GPU: not timed): 1 of 2 usable" in out
+    said = iter(out.splitlines())
+    headline = "gradient sm_90 fp16 D = 64 N = 1024 (ahead of time, no GPU: not timed): 2 candidates"
+    assert all(line in said for line in (headline, "  1 of 2 compiled", "  2 of 2 compiled", "  1 of 2 usable"))
     assert "64x64 4w 2s" in out and "64x32" not in out and not re.search(r"[0-9] us\b", out)
     (row,) = map(json.loads, keep.read_text().splitlines())
     assert row["registers"] > 32 and row["spilled"] == 0 and row["shared"] > 0 and "ms" not in row
     assert Path(config.__file__).read_text(encoding="utf-8") == SOURCE
-    with pytest.raises(SystemExit):
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--write"], "--write needs a CUDA device"),
+        (["--d", "128,0"], "--d: '0' is no whole number of at least 1"),
+        (["--d", "128,1024"], f"--d 1024: the kernels take at most {limits.MAX_FEATURES} features"),
+        (["--n", "-1"], "--n: '-1' is no whole number of at least 1"),
+        (["--n", ""], "--n: '' is no whole number of at least 1"),
+        (["--jobs", "0"], "--jobs: '0' is no whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        tune.parse(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_only_the_table_of_this_repository_is_written(capsys, monkeypatch, tmp_path):
+    assert tune.TABLE.exists() and tune.TABLE.parents[1] == Path(__file__).resolve().parents[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(config, "__file__", str(tune.TABLE))
+    assert tune.parse(["--write"]).write
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))
+    assert not tune.parse([]).write
+    with pytest.raises(SystemExit, match="2"):
         tune.parse(["--write"])
-    assert "--write needs a CUDA device" in capsys.readouterr().err
+    assert f"the table in use is {tmp_path / 'config.py'}" in capsys.readouterr().err
 
 
 def test_a_tile_that_the_compiler_cannot_make_has_a_fault(monkeypatch):

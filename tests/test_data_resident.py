@@ -180,6 +180,14 @@ def test_a_cpu_generator_gives_the_same_views_on_every_device():
     assert torch.equal(crop_flip(images.cuda(), seeded(2)).cpu(), crop_flip(images, seeded(2)))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_byte_is_divided_exactly_on_every_device(device):
+    """A GPU multiplies by 1 / 255 where a Python number divides, which rounds half of the values otherwise."""
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    expected = (torch.arange(256, dtype=torch.float64) / 255).float().view(1, 1, 16, 16)
+    assert torch.equal(to_float(bytes_.to(device)).cpu(), expected)
+
+
 def test_to_float_is_exact_and_keeps_the_order_of_bytes():
     images = random_images(6, 4, 5)
     images[0, 0, 0] = torch.tensor([0, 255, 51])

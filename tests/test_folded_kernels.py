@@ -232,7 +232,7 @@ def fresh(monkeypatch):
 
 
 def test_on_a_cpu_no_kernel_is_trusted(monkeypatch):
-    for switch in ("auto", "on", "off"):
+    for switch in ("auto", "unchecked", "off"):
         monkeypatch.setenv(verified.SWITCH, switch)
         for kernel in ("bn_fold", "conv_epilogue"):
             assert folding.trusted(kernel, CPU)[0] is False

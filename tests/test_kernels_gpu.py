@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 OBJECTIVES = {"ce": objectives.cross_entropy, "cw": objectives.cw_margin, "kl": objectives.kl_divergence}
-N, D = 1000, 128  # ragged: no multiple of a tile
+N, D = 3001, 128  # no multiple of a tile, and enough for a program to go over several column tiles
 
 
 @pytest.fixture(autouse=True)

@@ -167,6 +167,19 @@ def test_rows_with_their_own_upstream_gradient(size, precision, bound):
     assert not ours(u, y, upstream=torch.zeros(66), reduction="none")[1].any()
 
 
+def test_upstream_gradients_that_are_all_negative_stay_in_range():
+    u, y = data("random", 66, 32)
+    upstream = -65536 * torch.linspace(1, 2, 66)
+    _, grad = ours(u, y, upstream=upstream, precision="fp16", reduction="none")
+    assert relative(grad.double(), truth(u, y, upstream=upstream.double(), reduction="none")[1]) <= 1e-3
+
+
+def test_one_program_and_many_agree():
+    u, y = data("mid", 257, 32)
+    few, many = (ours(u, y, precision="fp16", splits=splits) for splits in (1, None))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(few, many, strict=True))
+
+
 VIEWS = torch.arange(66) % 3
 
 

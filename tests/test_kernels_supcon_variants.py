@@ -12,6 +12,8 @@ from interpreter import interpreted
 from supcon_helpers import COEF, MASK
 from supcon_truth import check, data, ours, truth
 
+from bench import supcon_cases
+
 VIEWS = torch.arange(66) % 3
 IN_VIEWS = {"views": VIEWS, "positive_coef": COEF, "denominator_mask": MASK}
 PREDICTIONS = torch.arange(66) * 7 % 5 % 4
@@ -21,6 +23,15 @@ PREDICTIONS = torch.arange(66) * 7 % 5 % 4
 def on_the_interpreter():
     with interpreted(supcon, supcon_pairs):
         yield
+
+
+@pytest.mark.parametrize("precision", ["ieee", "fp16"])
+@pytest.mark.parametrize("regime", supcon_cases.REGIMES)
+@pytest.mark.parametrize("case", supcon_cases.CASES)
+def test_every_option_in_every_regime(case, regime, precision):
+    """By one program for each block of rows, which goes over all column tiles; small batches are else split to one tile each."""
+    u, y, options = supcon_cases.batch(case, regime, 130, 32, torch.device("cpu"))
+    check(u, y, precision=precision, splits=1, **options)
 
 
 # ---------------------------------------------------------------- top-k
@@ -80,7 +91,9 @@ def test_pairwise_with_views_instances_and_rows_of_their_own():
     u, y = data("random", 66, 32, classes=4)
     check(u, y, denominator="pairwise", detach_weights=False, **IN_VIEWS)
     check(u, y, denominator="pairwise", instances=y // 2, anchors=VIEWS > 0, reduction="mean_all")
-    check(u, torch.zeros_like(y), denominator="pairwise")  # no negatives: exactly 0
+    for denominator in ("pairwise", "negatives"):
+        check(u, torch.zeros_like(y), denominator=denominator)  # no negatives: exactly 0
+        assert not any(part.any() for part in ours(u, torch.zeros_like(y), denominator=denominator))
     upstream = torch.linspace(-1, 2, 66)
     for got, want in zip(
         ours(u, y, upstream=upstream, denominator="pairwise", reduction="none"),
@@ -112,7 +125,7 @@ def test_biased_negatives_of_one_class_or_none():
 def test_low_temperatures(regime, temperature):
     u, y = data(regime, 130, 32)
     check(u, y, temperature=temperature)
-    check(u, y, temperature=temperature, normalizer="count", detach_weights=False)
+    check(u, y, temperature=temperature, normalizer="count", detach_weights=False, hard_negative_beta=1.0, splits=1)
 
 
 @pytest.mark.parametrize("denominator", ["negatives", "pairwise"])

@@ -263,8 +263,11 @@ def test_repr_names_the_options_that_bear_on_the_loss():
 
 
 def test_auto_chooses_an_implementation():
-    assert choose_backend("auto", torch.zeros(2, 2)) in BACKENDS[1:]
-    assert [choose_backend(name, torch.zeros(2, 2)) for name in BACKENDS[1:]] == list(BACKENDS[1:])
+    assert choose_backend("auto", torch.zeros(2, 2))[0] in BACKENDS[1:]
+    assert [choose_backend(name, torch.zeros(2, 2))[0] for name in BACKENDS[1:]] == list(BACKENDS[1:])
+    loss = HardSupConLoss()
+    loss(*batch())
+    assert loss.used.startswith("torch: ")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,13 @@ from supcon_helpers import (
 )
 
 from fastanchor.errors import UserError
-from fastanchor.reference.hard_supcon import effective_positives, hard_supcon, positive_weights, soft_min_supcon
+from fastanchor.reference.hard_supcon import (
+    effective_positives,
+    hard_supcon,
+    positive_weights,
+    sampled_effective_positives,
+    soft_min_supcon,
+)
 
 # ---------------------------------------------------------------- values
 
@@ -86,6 +92,14 @@ def test_positive_weights_and_effective_positives_are_those_of_a_loop(weight):
         w = [COEF[v[i], v[p]].item() * x for p, x in zip(positives, h, strict=True)]
         assert w_bar[i, positives].tolist() == pytest.approx([x / sum(w) for x in w], rel=1e-12)
         assert ess[i].item() == pytest.approx(sum(w) ** 2 / sum(x * x for x in w), rel=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 100])
+def test_effective_positives_of_some_rows_are_those_among_all(stride):
+    u, y, _ = batch(n=24)
+    weights = {"weight": "exp", "beta": 3.0, "gamma": 1.0, "k": 8}
+    expected = effective_positives(u, y, **weights)[::stride]
+    torch.testing.assert_close(sampled_effective_positives(u, y, stride, **weights), expected, rtol=1e-12, atol=0)
 
 
 def test_limits_of_the_weights():

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from fastanchor.errors import UserError
 from fastanchor.ops import verified as module
@@ -31,7 +32,7 @@ class Check:
 
 
 def test_a_check_that_passes_runs_once_for_each_name_and_device(monkeypatch):
-    monkeypatch.setattr(module, "_as_outside", lambda device: warnings.catch_warnings())
+    monkeypatch.setattr(module, "_check_on", lambda device, check: check(device))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     check = Check()
     for _ in range(2):
@@ -69,7 +70,7 @@ def test_full_memory_says_nothing_about_the_kernels():
 def test_nothing_runs_while_a_graph_is_captured(monkeypatch):
     capturing = [True]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(module, "_as_outside", lambda device: warnings.catch_warnings())
+    monkeypatch.setattr(module, "_check_on", lambda device, check: check(device))
     check, device = Check(), torch.device("cuda:0")
     good, reason = verified("loss", check, device)
     assert not good and "while a CUDA graph is captured" in reason and not check.devices
@@ -82,7 +83,7 @@ def test_nothing_runs_while_a_graph_is_captured(monkeypatch):
 def test_cuda_without_a_number_is_the_current_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(module, "_as_outside", lambda device: warnings.catch_warnings())
+    monkeypatch.setattr(module, "_check_on", lambda device, check: check(device))
     check = Check()
     assert verified("loss", check, torch.device("cuda"))[0] and verified("loss", check, torch.device("cuda:1"))[0]
     assert check.devices == [torch.device("cuda:1")]
@@ -90,8 +91,8 @@ def test_cuda_without_a_number_is_the_current_device(monkeypatch):
 
 def test_the_switch(monkeypatch):
     check = Check(AssertionError("wrong"))
-    monkeypatch.setenv("FASTANCHOR_KERNELS", "on")
-    assert verified("loss", check, CPU) == (True, "FASTANCHOR_KERNELS=on: not checked against the reference")
+    monkeypatch.setenv("FASTANCHOR_KERNELS", "unchecked")
+    assert verified("loss", check, CPU) == (True, "FASTANCHOR_KERNELS=unchecked")
     monkeypatch.setenv("FASTANCHOR_KERNELS", "OFF ")
     assert verified("loss", check, CPU) == (False, "FASTANCHOR_KERNELS=off")
     assert not check.devices
@@ -99,12 +100,14 @@ def test_the_switch(monkeypatch):
     with pytest.warns(RuntimeWarning):
         assert not verified("loss", check, CPU)[0]
     monkeypatch.setenv("FASTANCHOR_KERNELS", "of")
-    with pytest.raises(UserError, match="^FASTANCHOR_KERNELS is 'of', but must be one of auto, on, off; did you mean 'off'"):
+    with pytest.raises(
+        UserError, match="^FASTANCHOR_KERNELS is 'of', but must be one of auto, unchecked, off; did you mean 'off'"
+    ):
         verified("loss", check, CPU)
 
 
 def test_a_check_sees_the_plain_state_of_a_fresh_process():
-    """Whatever its first caller is in: autocast, no_grad, inference mode, a tracer's fake tensors."""
+    """Whatever its first caller is in: autocast, no_grad, inference mode, a tracer's fake tensors, a transform, a checkpoint."""
     from torch._subclasses import FakeTensorMode
 
     def check(device):
@@ -120,6 +123,17 @@ def test_a_check_sees_the_plain_state_of_a_fresh_process():
     ):  # fmt: skip
         with state:
             assert verified(name, check, CPU)[0]
+    x = torch.ones(2, requires_grad=True)
+    for name, transform in (("grad", torch.func.grad), ("vmap", torch.func.vmap), ("functionalize", torch.func.functionalize)):
+        transform(lambda x, name=name: x.sum() * verified(name, check, CPU)[0])(x.detach())
+        assert module._known[name, CPU][0]
+
+    def inner(x):
+        # The saved product makes the checkpoint run this once more while the check takes its gradient.
+        return (x * x).exp() * verified("checkpoint", check, CPU)[0]
+
+    torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False).sum().backward()
+    assert module._known["checkpoint", CPU][0]
     torch.set_default_dtype(torch.float64)
     try:
         assert verified("default dtype", check, CPU)[0] and torch.get_default_dtype() == torch.float64

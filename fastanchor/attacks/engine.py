@@ -83,7 +83,8 @@ class Engine:
         if backend == "compiled":
             self.notes["kernels"] = "no: the compiler fuses the step"
             return PLAIN
-        parts = {"step": f"pgd_step_{norm}", **({"logit gradient": head[0]} if head else {})}
+        of_classes = f"logit gradient of {operators.MIN_CLASSES} to {operators.MAX_CLASSES} classes"
+        parts = {"step": f"pgd_step_{norm}", **({of_classes: head[0]} if head else {})}
         found = {part: operators.decide(name, mode, device) for part, name in parts.items()}
         used = [part for part, (good, _) in found.items() if good]
         unused = [f"no {part}: {reason}" for part, (good, reason) in found.items() if not good]
@@ -91,7 +92,7 @@ class Engine:
             self.notes["kernels"] = "; ".join([f"yes: {' and '.join(used)}, {found[used[0]][1]}", *unused])
         else:
             self.notes["kernels"] = f"no: {'; '.join(dict.fromkeys(reason for _, reason in found.values()))}"
-        return Fused(head[1] if "logit gradient" in used else None, norm if "step" in used else None)
+        return Fused(head[1] if of_classes in used else None, norm if "step" in used else None)
 
     def step(self, backend: str, fused: Fused = PLAIN) -> Callable:
         """`ascend_once`, compiled where asked for."""
@@ -106,7 +107,8 @@ class Engine:
             self._compiled[key] = torch.compile(own_code(ascend_once), fullgraph=True, dynamic=False)
         # autograd.grad inside a compiled function is off by default (pytorch #133230).
         with compiling("attack.backend = compiled", "attack"), torch._dynamo.config.patch(trace_autograd_ops=True):
-            return self._compiled[key](network, objective, clean, x_adv, *arguments)
+            # Made a leaf out here: inside a compiled function torch 2.11 refuses to.
+            return self._compiled[key](network, objective, clean, x_adv.detach().requires_grad_(), *arguments)
 
 
 @contextlib.contextmanager
@@ -147,7 +149,8 @@ def ascend_once(
 
 def _input_gradient(network, objective, clean: tuple, x_adv: Tensor, labels: Tensor, head: Callable | None) -> Tensor:
     """Of the objective's sum over the batch."""
-    x_adv = x_adv.detach().requires_grad_()
+    if not x_adv.requires_grad:
+        x_adv = x_adv.detach().requires_grad_()
     with torch.enable_grad():
         outputs = forward(network, x_adv)
         logits = first(outputs)

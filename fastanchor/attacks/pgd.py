@@ -20,7 +20,7 @@ from fastanchor.attacks.modes import BN_MODES, attack_mode
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.models.folded import FoldedTwin
 from fastanchor.ops import images as operators
-from fastanchor.precision import NO_FP16
+from fastanchor.precision import NO_FP16, wrong_dtype
 from fastanchor.reference import attacks as reference
 
 STARTS = ("uniform", "gaussian", "zero")
@@ -149,6 +149,7 @@ class PGD:
         def attack(images: Tensor, labels: Tensor, generator: torch.Generator | None) -> Tensor:
             if isinstance(network, FoldedTwin):
                 network.refresh(kernel=self.kernels != "off")
+                self.engine.notes["refresh"] = network.refresh_note
             loop = functools.partial(self._fast_loop, step, fused)
             return self._search(network, images, labels, generator, loop)
 
@@ -260,7 +261,12 @@ def _check_values(model, images: Tensor, labels: Tensor) -> None:
             f"the images' values lie in [{low:g}, {high:g}]: must be in [0, 1]; normalisation belongs inside the model"
         )
     with attack_mode(model, "eval"), torch.no_grad():
-        classes = first(forward(model, images[:1])).shape[1]
+        try:
+            classes = first(forward(model, images[:1])).shape[1]
+        except RuntimeError as error:
+            if (said := wrong_dtype(model, images.dtype)) is not None:
+                raise said from error
+            raise
     low, high = torch.aminmax(labels)
     if low < 0 or high >= classes:
         raise UserError(f"labels lie in [{low}, {high}]: must be in [0, {classes - 1}], the model has {classes} classes")

@@ -23,15 +23,16 @@ PAIRS = (
 )  # fmt: skip
 
 
-def choose_backend(backend: str, embeddings: Tensor, **options) -> str:
-    """The name of the implementation that computes the loss of `embeddings` with these options of the reference.
+def choose_backend(backend: str, embeddings: Tensor, **options) -> tuple[str, str]:
+    """The name of the implementation that computes the loss of `embeddings` with these options of the reference, and why.
 
     `auto` is resolved here and nowhere else: the kernels where they run, cover the options and have agreed with the reference on
     this device, else the dense reference.
     """
     if backend != "auto":
-        return backend
-    return "triton" if serves(embeddings, **options)[0] else "torch"
+        return backend, "as asked for"
+    served, reason = serves(embeddings, **options)
+    return "triton" if served else "torch", reason
 
 
 def _torch(embeddings: Tensor, labels: Tensor, *, precision: str, **options) -> Tensor:
@@ -52,6 +53,14 @@ def _triton(embeddings: Tensor, labels: Tensor, **options) -> Tensor:
 
 IMPLEMENTATIONS = {"torch": _torch, "triton": _triton}
 BACKENDS = ("auto", *IMPLEMENTATIONS)
+_CPU = torch.device("cpu")
+
+
+def _matrix(name: str, value: Tensor | Sequence[Sequence[float]]) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} is {value!r}, but must be a square matrix of numbers") from error
 
 
 class HardSupConLoss(nn.Module):
@@ -74,7 +83,8 @@ class HardSupConLoss(nn.Module):
     positive_coef, denominator_mask: (V, V) tensors or nested sequences, [anchor's view][key's view].
     backend: "torch" is the dense reference in plain PyTorch; "triton" the kernels, without an N x N tensor, where they cover the
     options and have agreed with the reference on the CUDA device, or an error (on a CPU: the reference); "auto" the first of
-    "triton" and "torch" that serves.
+    "triton" and "torch" that serves. The kernels take |beta| <= 40, which of a tensor nobody reads, and give no second
+    derivatives. `used` says what computed the last loss, and why.
     precision: of the unit rows that the kernels keep, "fp16", "tf32" or "ieee" (fp32, no tensor cores); sums are fp32. In a class
     of cosine 0.98 the first two give gradients that are a few 1e-3 off. "torch" computes in fp32, or fp64, whatever it says.
     Raises UserError (a ValueError) for a bad argument.
@@ -103,6 +113,7 @@ class HardSupConLoss(nn.Module):
         precision: str = "fp16",
     ):
         super().__init__()
+        self.used = ""
         checked = {
             "temperature": temperature,
             "weight": weight,
@@ -116,7 +127,7 @@ class HardSupConLoss(nn.Module):
             "reduction": reduction,
             "precision": precision,
         }
-        check_options(beta=beta, **checked)
+        check_options(beta=beta, detach_weights=detach_weights, detach_keys=detach_keys, **checked)
         check_name("backend", backend, BACKENDS)
         self.options = {**checked, "detach_weights": detach_weights, "anchors": anchors, "detach_keys": detach_keys}
         self.backend = backend
@@ -126,7 +137,7 @@ class HardSupConLoss(nn.Module):
         else:
             self.beta = beta
         for name, value in (("positive_coef", positive_coef), ("denominator_mask", denominator_mask)):
-            matrix = None if value is None else torch.as_tensor(value)
+            matrix = None if value is None else _matrix(name, value)
             self.register_buffer(name, matrix, persistent=False)
 
     def forward(
@@ -166,7 +177,12 @@ class HardSupConLoss(nn.Module):
             **self.options,
         }
         check_pairs(embeddings, labels, **{name: options[name] for name in PAIRS})
-        return IMPLEMENTATIONS[choose_backend(self.backend, embeddings, **options)](embeddings, labels, **options)
+        if isinstance(self.beta, Tensor) and self.beta.device not in (embeddings.device, _CPU):
+            raise UserError(f"beta is on {self.beta.device}, embeddings on {embeddings.device}: must be on one device")
+        backend, why = choose_backend(self.backend, embeddings, **options)
+        if not torch.compiler.is_compiling():
+            self.used = f"{backend}: {why}"
+        return IMPLEMENTATIONS[backend](embeddings, labels, **options)
 
     def extra_repr(self) -> str:
         """The options that bear on the loss: each weight's own parameters, and whatever differs from the defaults."""

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from fastanchor.attacks import PGD
 from fastanchor.attacks.objectives import with_clean
 from fastanchor.config import Config
+from fastanchor.errors import UserError
+from fastanchor.kernels.limits import MAX_BETA
 from fastanchor.losses import HardSupConLoss
 from fastanchor.methods.base import Method, Outputs
-from fastanchor.ops.supcon import MAX_BETA
-from fastanchor.reference.hard_supcon import effective_positives
+from fastanchor.reference.hard_supcon import sampled_effective_positives
 
+# Rows whose effective number of positives is computed; all, up to here.
+SAMPLED_ROWS = 512
 LOSS_BACKENDS = {"auto": "auto", "on": "triton", "off": "torch"}
 
 
@@ -38,7 +41,7 @@ class Anchor(Method):
     """Stage 1 of ANCHOR, as configured by `loss` and `attack`."""
 
     def __init__(self, config: Config):
-        self.config, self.weights = config, config.loss
+        self.config, self.weights, self.notes = config, config.loss, {}
         self.embeds = self.weights.hsc > 0
         wanted = {"adv"} | ({"aug"} if self.weights.ce_clean > 0 else set())
         if self.embeds:
@@ -47,6 +50,8 @@ class Anchor(Method):
         # A beta that warms up is a tensor, whose value the loss does not look at.
         too_hard = self.weights.weight == "exp" and abs(self.weights.beta) > MAX_BETA
         kernels = config.engine.kernels
+        if kernels == "on" and too_hard and self.embeds:
+            raise UserError(f"engine.kernels = on: exp weights need |beta| <= {MAX_BETA:g}, loss.beta = {self.weights.beta:g}")
         self.loss_backend = "torch" if kernels == "auto" and too_hard else LOSS_BACKENDS[kernels]
 
     def beta(self, progress: Tensor) -> float | Tensor:
@@ -92,7 +97,9 @@ class Anchor(Method):
             terms["ce_clean"] = self.weights.ce_clean * F.cross_entropy(out.logits["aug"], labels, label_smoothing=smoothing)
         if self.embeds:
             embeddings, stacked = self._stack(out, labels)
-            terms["hsc"] = self.weights.hsc * self.contrastive(progress)(embeddings, stacked)
+            contrastive = self.contrastive(progress)
+            terms["hsc"] = self.weights.hsc * contrastive(embeddings, stacked)
+            self.notes["contrastive loss"] = contrastive.used
         return terms
 
     def diagnostics(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
@@ -101,8 +108,10 @@ class Anchor(Method):
             return {}
         embeddings, stacked = self._stack(out, labels)
         loss = self.weights
-        positives = effective_positives(
-            embeddings, stacked, weight=loss.weight, beta=self.beta(progress), gamma=loss.gamma, k=loss.k
+        # Of some rows: a dense matrix of all would cost more than the loss whose memory is none.
+        stride = -(-len(stacked) // SAMPLED_ROWS)
+        positives = sampled_effective_positives(
+            embeddings, stacked, stride, weight=loss.weight, beta=self.beta(progress), gamma=loss.gamma, k=loss.k
         )
         return {"effective_positives": positives.median()}
 

@@ -5,8 +5,9 @@ A new method is one short file with a subclass; the training loop, attacks, data
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class Method:
 
     views: tuple[str, ...] = ("adv",)
     embeds: bool = False
+    # What of the method is in use and why, for people, after the first step.
+    notes: Mapping[str, str] = MappingProxyType({})
     # Which validation accuracy chooses the epoch to keep; the other one breaks ties.
     selects: str = "robust"
 

@@ -19,7 +19,7 @@ from fastanchor.errors import UserError
 from fastanchor.models.fingerprint import fingerprint, has_hooks, parts, unwrapped
 from fastanchor.models.tracing import CannotFold, attributes_kept, is_plain, trace, writes
 from fastanchor.ops import folding
-from fastanchor.precision import full_precision
+from fastanchor.precision import full_precision, wrong_dtype
 from fastanchor.reference.checks import check_name
 
 # aten: convolution, then residual and ReLU in place (torch.compile fuses them). cudnn: its fused convolution-bias-ReLU.
@@ -170,6 +170,11 @@ class FoldedTwin(nn.Module):
         """
         self._refresh(kernel)
 
+    @property
+    def refresh_note(self) -> str:
+        """Whether the last refresh was one launch, and why."""
+        return self._refresh.note
+
     def forward(self, images: Tensor):
         return self.graph_module(images)
 
@@ -301,10 +306,7 @@ def _verify(model: nn.Module, twin: FoldedTwin, example: Tensor, autocast: bool 
     except Exception as error:  # whatever the model itself raises, it will raise again where it is attacked
         others = {parameter.dtype for parameter in model.parameters()} - {example.dtype}
         if not autocast and any(_takes(model, example.to(dtype)) for dtype in others):
-            raise UserError(
-                f"the model's parameters are {' and '.join(sorted(map(str, others)))}, and it takes no images of "
-                f"{example.dtype}: cast them in its forward, or convert it by model.float()"
-            ) from error
+            raise wrong_dtype(model, example.dtype) from error
         raise CannotFold(f"it or its traced graph fails: {str(error).strip().partition(chr(10))[0] or repr(error)}") from error
     pairs = [*((a, b, of_outputs) for a, b in zip(theirs, ours, strict=True)), (their_gradient, our_gradient, of_gradient)]
     if not all(a.isfinite().all() for a, _, _ in pairs):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastanchor import kernels
-from fastanchor.ops.verified import verified
+from fastanchor.ops.verified import switch, verified
 
 
 class Refresh:
@@ -21,11 +21,12 @@ class Refresh:
 
     layers: each has `sources` (conv, norm), conv with weight and bias, norm with mean, var, weight, bias and eps, or None; and
     its own `weight` and `bias`, allocated, of fp32 or bf16 for the kernel. A table of addresses is kept for the kernel; it is
-    made anew where a tensor was replaced or moved, which is seen on the host. It never reads a value.
+    made anew where a tensor was replaced or moved, which is seen on the host. It never reads a value. note: whether the kernel
+    served the last call, and why.
     """
 
     def __init__(self, layers: list):
-        self.layers, self.table = layers, None
+        self.layers, self.table, self.note = layers, None, ""
         # What a parametrised layer calls its weight is made anew by every look at it.
         self._one_kernel = not any(is_parametrized(layer.sources[0]) for layer in layers)
         # A captured graph goes on reading the table it was captured with, while the tensors may move and come back.
@@ -34,7 +35,11 @@ class Refresh:
     @torch.no_grad()
     def __call__(self, kernel: bool = True) -> None:
         device = self.layers[0].weight.device
-        table = self._current_table(device) if kernel and self._one_kernel and trusted("bn_fold", device)[0] else None
+        good, reason = trusted("bn_fold", device) if kernel else (False, "kernels = off")
+        if good and not self._one_kernel:
+            good, reason = False, "a weight is parametrised, or of a dtype or layout that the kernel does not know"
+        table = self._current_table(device) if good else None
+        self.note = f"{'yes' if good else 'no'}: {reason}"
         if table is None:
             fold_all(self.layers)
         else:
@@ -90,6 +95,7 @@ def trusted(kernel: str, device: torch.device) -> tuple[bool, str]:
 
     The first call for a device checks the kernel there, which reads values: not for a captured step, where what is known counts.
     """
+    switch()  # a bad one is said wherever it is set, not only where kernels could run
     usable, reason = kernels.usable(device)
     return verified(kernel, _CHECKS[kernel], device) if usable else (False, reason)
 

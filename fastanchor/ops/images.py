@@ -16,7 +16,7 @@ from torch import Tensor
 from fastanchor.errors import UserError
 from fastanchor.kernels import usable
 from fastanchor.ops.library import LIBRARY
-from fastanchor.ops.verified import verified
+from fastanchor.ops.verified import switch, verified
 from fastanchor.reference import attacks, objectives
 from fastanchor.reference import images as reference_images
 from fastanchor.reference.checks import check_name
@@ -43,6 +43,7 @@ def decide(name: str, mode: str, device: torch.device) -> tuple[bool, str]:
     not so, and on a CPU the plain implementation. The first question on a device compiles the kernel and checks it; ask before a
     graph is captured, then the answer is known.
     """
+    switch()  # a bad one is said wherever it is set, not only where kernels could run
     if mode == "off":
         return False, "kernels = off"
     if mode == "on" and device.type == "cpu":

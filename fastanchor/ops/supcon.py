@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastanchor import kernels
-from fastanchor.kernels import config
+from fastanchor.kernels import config, limits
 from fastanchor.ops.library import LIBRARY
 from fastanchor.ops.supcon_check import Variant
-from fastanchor.ops.verified import verified
+from fastanchor.ops.verified import switch, verified
 from fastanchor.reference.hard_supcon import hard_supcon as reference
 
 TENSORS = ("anchors", "views", "positive_coef", "denominator_mask", "instances", "predictions", "ref_labels", "ref_views",
@@ -27,9 +27,6 @@ SETTINGS = {
     "hard_negative_beta": 0.0, "selection": "all", "detach_keys": False, "scale": 1.0, "reduction": "mean_valid",
     "precision": "fp16",
 }  # fmt: skip
-
-# That of supcon_launch, which cannot be imported without Triton. Nobody checks that a beta that is a tensor stays within it.
-MAX_BETA = 40.0
 
 LIBRARY.define(
     "hard_supcon(Tensor embeddings, Tensor? ref_embeddings, Tensor labels, float beta, Tensor? beta_tensor, "
@@ -51,6 +48,8 @@ def hard_supcon(
     derivative raises RuntimeError.
     Returns fp32 (fp64 for fp64 rows): a 0-d tensor, or (N,) for "none".
     """
+    if unknown := options.keys() - {*TENSORS, *SETTINGS}:
+        raise TypeError(f"hard_supcon() got an unexpected keyword argument {min(unknown)!r}")
     number, tensor = (0.0, beta) if isinstance(beta, Tensor) else (float(beta), None)
     settings = {name: options.get(name, value) for name, value in SETTINGS.items()}
     for name in ("temperature", "gamma", "hard_negative_beta", "scale"):
@@ -213,18 +212,25 @@ def serves(
     options: those of `hard_supcon`. The kernels must cover them and agree with the reference on the device (`verified`): the
     first question about a variant takes the seconds that compiling it takes.
     """
+    switch()  # a bad one is said wherever it is set, not only where kernels could run
     usable, reason = _usable(embeddings.device)
     if not usable:
         return False, reason
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(embeddings):
+        return False, "the operator knows no torch.func"
     if reason := refuses_gradients(beta=beta, **options):
         return False, reason
     if isinstance(beta, Tensor) and beta.device != embeddings.device:
         return False, f"beta is on {beta.device}, the embeddings are on {embeddings.device}"
-    if not isinstance(beta, Tensor) and options.get("weight", "exp") == "exp" and abs(beta) > MAX_BETA:
-        return False, f"exp weights need |beta| <= {MAX_BETA:g} in fp32, this is {beta}"
     given = {name: options.get(name) is not None for name in ("instances", "anchors")}
     given["views"] = options.get("positive_coef") is not None or options.get("denominator_mask") is not None
     settings = {name: options.get(name, value) for name, value in SETTINGS.items()}
+    steep = not settings["detach_weights"] and settings["precision"] == "fp16"
+    number = 0.0 if isinstance(beta, Tensor) else beta
+    numbers = {name: settings[name] for name in ("temperature", "gamma", "hard_negative_beta")}
+    if reason := limits.refused(weight=settings["weight"], beta=number, steep=steep, **numbers):
+        return False, reason
+    settings |= _typical(numbers["temperature"], numbers["hard_negative_beta"])
     keys_gradient = ref_embeddings is not None and ref_embeddings.requires_grad and not settings["detach_keys"]
     # Branches, not expressions: torch.compile may not know the shape as numbers.
     width, many_rows = 16, False
@@ -242,6 +248,19 @@ def serves(
         **given,
         **settings,
     )
+
+
+def _typical(temperature: float, hard_negative_beta: float) -> dict[str, float]:
+    """Numbers that stand for all that run the same kernels: a schedule of theirs must not start a check every step.
+
+    By branches: to torch.compile a number that has changed is a symbol.
+    """
+    found = {"temperature": 0.1, "gamma": 2.0, "hard_negative_beta": 1.0, "scale": 0.7}
+    if temperature < limits.FIXED_MAXIMUM:
+        found["temperature"] = 0.02
+    if hard_negative_beta == 0:
+        found["hard_negative_beta"] = 0.0
+    return found
 
 
 def refuses_gradients(*, beta=None, positive_coef=None, detach_weights: bool = True, **_) -> str:
@@ -275,20 +294,13 @@ def _covers(device, dtype, width, *, many_rows, keys, beta_tensor, views, instan
     """What to check before the kernels are trusted with these options, and its name; or None, and why they do not serve."""
     from fastanchor.kernels import supcon_launch  # Triton need not be installed where it is not usable
 
-    if width > supcon_launch.MAX_FEATURES:
-        return None, f"the kernels hold at most {supcon_launch.MAX_FEATURES} features"
+    if width > limits.MAX_FEATURES:
+        return None, f"the kernels hold at most {limits.MAX_FEATURES} features"
     options = supcon_launch.Options(**settings)
     ok, reason = supcon_launch.supported(options, width, dtype, 0.0, views=views, device=device)
     if not ok:
         return None, reason
-    # What a kernel reads as a number while it runs is the same in all checks: a schedule must not start a check every step.
-    settings |= {
-        "temperature": 0.02 if options.online else 0.1,
-        "gamma": 2.0,
-        "k": options.k if options.weight == "topk" else SETTINGS["k"],
-        "hard_negative_beta": 1.0 if options.hard_negative_beta else 0.0,
-        "scale": 0.7,
-    }
+    settings["k"] = options.k if options.weight == "topk" else SETTINGS["k"]
     # A check of many own rows needs the view matrices itself.
     many = many_rows and not (views and keys == "own") and _more_tiles(options, width, views, device)
     variant = Variant(settings, width, many, keys, beta_tensor, views, instances, anchors)

@@ -60,39 +60,42 @@ class Variant(NamedTuple):
                 if want is None:
                     continue
                 error, usual = _relative(got, want), _relative(rounded, want)
-                allowed = LOSS_TOLERANCE if name == "loss" else 2 * usual + GRADIENT_TOLERANCE
+                allowed = max(LOSS_TOLERANCE, 2 * usual) if name == "loss" else 2 * usual + GRADIENT_TOLERANCE
                 if not error <= allowed:
                     raise AssertionError(f"{name} of {case.name} is off by {error:.1e}, {allowed:.1e} is allowed")
 
     def cases(self) -> Iterator[Case]:
         yield self._case("random embeddings", ROWS, self.width - 5, spread=0.0, seed=0)
         # Among the positives of a tight class, which are the k farthest hangs on roundings.
-        yield self._case("tight classes", 160, self.width, spread=1.0 if self._topk else 7.0, seed=1)
+        # By one program each block of rows, so that it goes over many column tiles: small batches are split to one tile each.
+        yield self._case("tight classes", 330, self.width, spread=1.0 if self._topk else 7.0, seed=1, splits=1)
         if self.many_rows:
-            yield self._case("many rows", MANY_ROWS, self.width, spread=1.0, seed=2)
+            yield self._case("many rows", MANY_ROWS, self.width, spread=1.0, seed=2, few_anchors=True)
 
     @property
     def _topk(self) -> bool:
         return self.settings["weight"] == "topk"
 
-    def _case(self, name: str, n: int, d: int, spread: float, seed: int) -> Case:
+    def _case(
+        self, name: str, n: int, d: int, spread: float, seed: int, splits: int | None = None, few_anchors: bool = False
+    ) -> Case:  # fmt: skip
         g = torch.Generator().manual_seed(seed)
         centres = spread * F.normalize(torch.randn(CLASSES, d, generator=g))
         u, tensors = self._rows(n, centres, g)
         keys = None
         if self.keys != "own":
-            keys, described = self._rows(ROWS - 7, centres, g)
+            keys, described = self._rows(n - 7, centres, g)
             tensors |= {f"ref_{name}": value for name, value in described.items()}
         if self.views:
             tensors |= {"positive_coef": torch.tensor(COEF), "denominator_mask": torch.tensor(MASK)}
         few = None
-        if n > ROWS * 2 and keys is None:
+        if few_anchors and keys is None:
             few = torch.randperm(n, generator=g)[:ROWS]
             tensors["anchors"] = torch.zeros(n, dtype=torch.bool).index_fill_(0, few, True)
         elif self.anchors:
             tensors["anchors"] = torch.rand(n, generator=g) < 0.7
         upstream = torch.rand(n, generator=g) + 0.5 if self.settings["reduction"] == "none" else None
-        return Case(name, u, keys, tensors, upstream, few)
+        return Case(name, u, keys, tensors, upstream, few, splits)
 
     def _rows(self, n: int, centres: Tensor, g: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         y = torch.randint(CLASSES, (n,), generator=g)
@@ -117,7 +120,7 @@ class Variant(NamedTuple):
 
         pairs = {name: there(value) for name, value in case.tensors.items()}
         loss, grad, ref_grad = supcon_launch.loss_and_grad(
-            there(case.u), pairs.pop("labels"), supcon_launch.Options(**self.settings), self._beta(device),
+            there(case.u), pairs.pop("labels"), supcon_launch.Options(**self.settings, splits=case.splits), self._beta(device),
             upstream=there(case.upstream), keys_gradient=self.keys == "with gradient", ref_embeddings=there(case.keys), **pairs,
         )  # fmt: skip
         loss = loss if case.few is None or loss.dim() == 0 else loss[there(case.few)]
@@ -148,7 +151,10 @@ class Variant(NamedTuple):
 
 
 class Case(NamedTuple):
-    """fp32 rows, keys or None, what describes them, upstream gradient or None; few: the anchors' indices where not all are."""
+    """fp32 rows, keys or None, what describes them, upstream gradient or None; few: the anchors' indices where not all are.
+
+    splits: of the kernels' options.
+    """
 
     name: str
     u: Tensor
@@ -156,6 +162,7 @@ class Case(NamedTuple):
     tensors: dict[str, Tensor]
     upstream: Tensor | None
     few: Tensor | None
+    splits: int | None
 
 
 def _few_anchors(rows: Tensor, few: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

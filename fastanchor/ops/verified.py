@@ -10,9 +10,9 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fastanchor.reference.checks import check_name
 
@@ -23,9 +23,9 @@ _known: dict[tuple[str, torch.device], tuple[bool, str]] = {}
 
 
 def switch() -> str:
-    """The environment's word on kernels: "auto" (once checked), "on" (unchecked) or "off" (never). Raises UserError."""
-    value = os.environ.get(SWITCH, "auto").strip().lower()
-    check_name(SWITCH, value, ("auto", "on", "off"))
+    """The environment's word on kernels: "auto" (once they agree with the reference), "unchecked" or "off". Raises UserError."""
+    value = os.environ.get(SWITCH, "").strip().lower() or "auto"
+    check_name(SWITCH, value, ("auto", "unchecked", "off"))
     return value
 
 
@@ -33,14 +33,14 @@ def verified(name: str, check: Callable[[torch.device], None], device: torch.dev
     """Whether the kernels called `name` are trusted on `device`, with the reason in words.
 
     check: raises where the kernels and the reference disagree on the device. It runs at the first call for this name and device,
-    with autograd, outside autocast and outside whatever traces the caller; it may read values, and must draw no random numbers
-    but from generators of its own. What it raises is said in one warning, and the answer is False until the process ends.
+    in a thread of its own; it may read values, and must draw no random numbers but from generators of its own. What it raises is
+    said in one warning, and the answer is False until the process ends.
     While a CUDA graph is being captured nothing runs: the answer is what is known, else False.
     Raises UserError for a bad FASTANCHOR_KERNELS.
     """
     wanted = switch()
     if wanted != "auto":
-        return wanted == "on", f"{SWITCH}={wanted}" + (": not checked against the reference" if wanted == "on" else "")
+        return wanted == "unchecked", f"{SWITCH}={wanted}"
     key = (name, _with_index(device))
     found = _known.get(key)
     if found is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -58,8 +58,10 @@ def verified(name: str, check: Callable[[torch.device], None], device: torch.dev
 def _run(name: str, check: Callable[[torch.device], None], device: torch.device) -> tuple[bool, str] | None:
     """The verdict, or None where the device's memory was full: that says nothing about the kernels."""
     try:
-        with _as_outside(device):
-            check(device)
+        # A first call may come from within autocast, no_grad, a tracer, a function transform, a checkpoint's hooks: all of these
+        # are of the caller's thread alone.
+        with ThreadPoolExecutor(1) as fresh, _plain_settings():
+            fresh.submit(_check_on, device, check).result()
     except torch.OutOfMemoryError:
         return None
     except Exception as error:
@@ -72,23 +74,25 @@ def _run(name: str, check: Callable[[torch.device], None], device: torch.device)
     return True, "checked against the reference on this device"
 
 
+def _check_on(device: torch.device, check: Callable[[torch.device], None]) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        check(device)
+
+
 @contextlib.contextmanager
-def _as_outside(device: torch.device):
-    """The plain state of a fresh process: a first call may come from within autocast, no_grad, a tracer or a debugging mode."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.inference_mode(False))  # and with autograd
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        torch.set_default_dtype(torch.float32)
-        if device.type == "cuda":
-            stack.enter_context(torch.autocast("cuda", enabled=False))
-            stack.enter_context(torch.cuda.device(device))
-            if mode := torch.cuda.get_sync_debug_mode():  # to set it, even to what it is, draws a warning
-                stack.callback(torch.cuda.set_sync_debug_mode, mode)
-                torch.cuda.set_sync_debug_mode("default")
+def _plain_settings():
+    """Of what all threads share, what a check would see: the default dtype, and whether waiting for a GPU is an error."""
+    dtype = torch.get_default_dtype()
+    waiting = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    torch.set_default_dtype(torch.float32)
+    if waiting:  # to set it, even to what it is, draws a warning
+        torch.cuda.set_sync_debug_mode("default")
+    try:
         yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if waiting:
+            torch.cuda.set_sync_debug_mode(waiting)
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -22,9 +22,14 @@ def check_options(**options) -> None:
         "weight": WEIGHTS, "normalizer": NORMALIZERS, "denominator": DENOMINATORS, "selection": SELECTIONS,
         "reduction": REDUCTIONS, "precision": PRECISIONS,
     }  # fmt: skip
+    if torch.compiler.is_compiling():
+        return  # a compiled graph may have symbols for numbers; they are checked wherever the same call runs as it stands
     for name, value in options.items():
         if name in names:
             check_name(name, value, names[name])
+        elif name in ("detach_weights", "detach_keys"):
+            if not isinstance(value, bool):
+                raise UserError(f"{name} is {describe(value)}, but must be True or False")
         elif name == "beta" and isinstance(value, Tensor):
             if value.dim() != 0 or not value.is_floating_point():
                 raise UserError(f"beta is {describe(value)}, but must be a number or a 0-d floating tensor")

@@ -214,6 +214,19 @@ def effective_positives(
     return torch.where(valid, 1 / w_bar.square().sum(1), 0.0)
 
 
+@torch.no_grad()
+def sampled_effective_positives(embeddings: Tensor, labels: Tensor, stride: int, **weights) -> Tensor:
+    """`effective_positives` of every `stride`-th row among all rows, (ceil(N / stride),), by matrices of N / stride rows.
+
+    weights: weight, beta, gamma and k.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    pairs = make_pairs(embeddings[::stride], labels[::stride], ref_embeddings=embeddings, ref_labels=labels)
+    pairs = pairs._replace(positive=pairs.positive & (rows[::stride, None] != rows))
+    w_bar = _weights(pairs, weights["weight"], weights["beta"], weights["gamma"], weights["k"], "sum")
+    return torch.where(pairs.positive.any(1), 1 / w_bar.square().sum(1), 0.0)
+
+
 def soft_min_supcon(
     embeddings: Tensor,
     labels: Tensor,

@@ -134,13 +134,15 @@ class TrainStep:
 
     def _note(self) -> None:
         """What is known after the first step."""
-        views = f"augmentation: {'yes' if self.fused_views else 'no'}: {self._views_note}"
-        if self.attack is None:
-            self.notes["kernels"] = views
-            return
-        of_attack = {"folded": "no: attack.backend = reference", "kernels": "no: attack.backend = reference"}
-        of_attack |= self.attack.engine.notes
-        self.notes["folded"], self.notes["kernels"] = of_attack["folded"], f"attack: {of_attack['kernels']}; {views}"
+        parts = {"augmentation": f"{'yes' if self.fused_views else 'no'}: {self._views_note}", **self.method.notes}
+        if self.attack is not None:
+            plain = "no: attack.backend = reference"
+            found = self.attack.engine.notes
+            self.notes["folded"] = found.get("folded", plain)
+            parts["attack"] = found.get("kernels", plain)
+            if "refresh" in found:
+                parts["refresh of the twin"] = found["refresh"]
+        self.notes["kernels"] = "; ".join(f"{part}: {note}" for part, note in sorted(parts.items()))
 
     def describe(self) -> str:
         """How the step is run, in one line."""
