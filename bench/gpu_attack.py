@@ -35,10 +35,9 @@ def run(bench: Bench) -> None:
     for precision in ("bf16", "fp32"):
         for batch in bench.batches:
             case = Case(bench, batch, precision)
-            if not bench.compile:
-                case.leave_out(("compiled", "compiled + graphed"), "compiling was switched off")
-            elif bench.left() < COMPILE_SECONDS:
-                case.leave_out(("compiled", "compiled + graphed"), f"{bench.left():.0f} s were left")
+            reason = bench.no_compile(COMPILE_SECONDS)
+            if reason is not None:
+                case.leave_out(("compiled", "compiled + graphed"), reason)
             else:
                 # Dynamo counts recompilations by code object and falls back to eager, silently, after eight.
                 torch._dynamo.reset()
