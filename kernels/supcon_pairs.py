@@ -65,15 +65,19 @@ def _selected(same, anchor_label, anchor_predicted, key_predicted, SELECTION: tl
 
 
 @triton.jit
-def _sets(
-    row, column, n_key,
-    yi, instance_i, view_i, predicted_i,
-    yj, instance_j, view_j, predicted_j,
+def _tile(
+    zi, rho_i, row, yi, instance_i, view_i, predicted_i,  # of the block of rows
+    z_key, ids_key, rho_key, n_pad_key, n_key, first,
     coef, mask, n_views,
-    BM: tl.constexpr, BN: tl.constexpr, NEGATIVES: tl.constexpr, SELF: tl.constexpr, INSTANCES: tl.constexpr,
-    VIEWS: tl.constexpr, SELECTION: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, NEGATIVES: tl.constexpr, SELF: tl.constexpr,
+    INSTANCES: tl.constexpr, VIEWS: tl.constexpr, SELECTION: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile: positives, terms of the denominator, pairs of one class, and the positives' coefficient."""
+    """Of the columns from `first`: d, positives, terms of the denominator, pairs of one class, the positives' coefficient."""
+    column = first + tl.arange(0, BN)
+    zj = tl.load(z_key + column[:, None] * D + tl.arange(0, D)[None, :])
+    rho_j = tl.load(rho_key + column)
+    yj, instance_j, view_j, predicted_j = _ids(ids_key, n_pad_key, column, INSTANCES, VIEWS, SELECTION)
+    d = _distance(zi, zj, rho_i, rho_j, DOT)
     other = tl.broadcast_to(column[None, :] < n_key, (BM, BN))
     if SELF:
         other = other & (row[:, None] != column[None, :])
@@ -92,7 +96,7 @@ def _sets(
         coefficient = tl.load(coef + pair)
         positive = positive & (coefficient > 0)
         term = term & (tl.load(mask + pair) != 0)
-    return positive, term, same, coefficient
+    return d, positive, term, same, coefficient
 
 
 @triton.jit
@@ -128,14 +132,9 @@ def row_stats(
     negatives = tl.full((BM,), 0.0, tl.float32)
     start = tl.program_id(1) * span
     for first in range(start, tl.minimum(start + span, n_key), BN):
-        column = first + tl.arange(0, BN)
-        zj = tl.load(z_key + column[:, None] * D + feature[None, :])
-        rho_j = tl.load(rho_key + column)
-        yj, instance_j, view_j, predicted_j = _ids(ids_key, n_pad_key, column, INSTANCES, VIEWS, SELECTION)
-        d = _distance(zi, zj, rho_i, rho_j, DOT)
-        positive, term, same, coefficient = _sets(
-            row, column, n_key, yi, instance_i, view_i, predicted_i, yj, instance_j, view_j, predicted_j, coef, mask, n_views,
-            BM, BN, NEGATIVES, SELF, INSTANCES, VIEWS, SELECTION,
+        d, positive, term, same, coefficient = _tile(
+            zi, rho_i, row, yi, instance_i, view_i, predicted_i, z_key, ids_key, rho_key, n_pad_key, n_key, first, coef, mask,
+            n_views, D, BM, BN, DOT, NEGATIVES, SELF, INSTANCES, VIEWS, SELECTION,
         )  # fmt: skip
         w = _hardness(d, beta, gamma, WEIGHT)
         if VIEWS:
@@ -209,14 +208,9 @@ def row_costs(
     pull = tl.full((BM,), 0.0, tl.float32)
     start = tl.program_id(1) * span
     for first in range(start, tl.minimum(start + span, n_key), BN):
-        column = first + tl.arange(0, BN)
-        zj = tl.load(z_key + column[:, None] * D + feature[None, :])
-        rho_j = tl.load(rho_key + column)
-        yj, instance_j, view_j, predicted_j = _ids(ids_key, n_pad_key, column, INSTANCES, VIEWS, SELECTION)
-        d = _distance(zi, zj, rho_i, rho_j, DOT)
-        positive, _, _, coefficient = _sets(
-            row, column, n_key, yi, instance_i, view_i, predicted_i, yj, instance_j, view_j, predicted_j, coef, mask, n_views,
-            BM, BN, True, SELF, INSTANCES, VIEWS, SELECTION,
+        d, positive, _, _, coefficient = _tile(
+            zi, rho_i, row, yi, instance_i, view_i, predicted_i, z_key, ids_key, rho_key, n_pad_key, n_key, first, coef, mask,
+            n_views, D, BM, BN, DOT, True, SELF, INSTANCES, VIEWS, SELECTION,
         )  # fmt: skip
         w = _hardness(d, beta, gamma, WEIGHT)
         if VIEWS:
@@ -264,14 +258,9 @@ def largest_distances(
     kept = tl.full((BM, KEPT), -FAR, tl.float32)
     start = tl.program_id(1) * span
     for first in range(start, tl.minimum(start + span, n_key), BN):
-        column = first + tl.arange(0, BN)
-        zj = tl.load(z_key + column[:, None] * D + feature[None, :])
-        rho_j = tl.load(rho_key + column)
-        yj, instance_j, view_j, predicted_j = _ids(ids_key, n_pad_key, column, INSTANCES, VIEWS, SELECTION)
-        d = _distance(zi, zj, rho_i, rho_j, DOT)
-        positive, _, _, _ = _sets(
-            row, column, n_key, yi, instance_i, view_i, predicted_i, yj, instance_j, view_j, predicted_j, coef, mask, n_views,
-            BM, BN, True, SELF, INSTANCES, VIEWS, SELECTION,
+        d, positive, _, _, _ = _tile(
+            zi, rho_i, row, yi, instance_i, view_i, predicted_i, z_key, ids_key, rho_key, n_pad_key, n_key, first, coef, mask,
+            n_views, D, BM, BN, DOT, True, SELF, INSTANCES, VIEWS, SELECTION,
         )  # fmt: skip
         kept = keep_largest(kept, tl.where(positive, d, -FAR), BM, BN, KEPT)
     out = partial + (tl.program_id(1).to(tl.int64) * KEPT + tl.arange(0, KEPT)[None, :]) * n_pad + row[:, None]
