@@ -99,7 +99,8 @@ class Anchor(Method):
             embeddings, stacked = self._stack(out, labels)
             contrastive = self.contrastive(progress)
             terms["hsc"] = self.weights.hsc * contrastive(embeddings, stacked)
-            self.notes["contrastive loss"] = contrastive.used
+            backend, _, why = contrastive.used.partition(": ")
+            self.notes["contrastive loss"] = f"{'yes' if backend == 'triton' else 'no'}: {why}"
         return terms
 
     def diagnostics(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:

@@ -142,7 +142,10 @@ class TrainStep:
             parts["attack"] = found.get("kernels", plain)
             if "refresh" in found:
                 parts["refresh of the twin"] = found["refresh"]
-        self.notes["kernels"] = "; ".join(f"{part}: {note}" for part, note in sorted(parts.items()))
+        by_note: dict[str, list[str]] = {}
+        for part, note in sorted(parts.items()):
+            by_note.setdefault(note, []).append(part)
+        self.notes["kernels"] = "; ".join(f"{', '.join(names)}: {note}" for note, names in by_note.items())
 
     def describe(self) -> str:
         """How the step is run, in one line."""
