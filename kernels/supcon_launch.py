@@ -296,6 +296,7 @@ def _side(u, labels, instances, views, predictions, options) -> Side:
     supcon.normalize[(n_pad // rows,)](
         u.contiguous(), labels.contiguous(), z, ids, norms, n, n_pad, n_features,
         D=width, ROWS=rows, TF32=options.precision == "tf32", ROUNDED=options.precision != "ieee", num_warps=4,
+        **_registers(options),
     )  # fmt: skip
     for index, values in ((1, instances), (2, views), (3, predictions)):
         if values is not None:
@@ -312,10 +313,13 @@ def _plan(kernel, side, other, options, views=False):
     split = min(column_tiles, options.splits or max(1, -(-2 * config.MULTIPROCESSORS[arch] // row_blocks)))
     per_program = -(-column_tiles // split)
     tiles = {"D": width, "BM": tile.rows, "BN": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
-    if options.precision == "ieee":
-        # Left to itself ptxas spills a few bytes there, to have more programs at a time.
-        tiles["maxnreg"] = 255
+    tiles |= _registers(options)
     return (row_blocks, -(-column_tiles // per_program)), per_program * tile.columns, tiles
+
+
+def _registers(options):
+    """Left to itself ptxas spills a few bytes of the fp32 kernels, to have more programs at a time."""
+    return {} if options.precision == "fp16" else {"maxnreg": 255}
 
 
 def _log2_per(options):
