@@ -8,9 +8,10 @@ from time import perf_counter
 
 import torch
 
-from bench import cases
+from bench import cases, cost
 from bench.gpu_common import CIFAR_IMAGES, NEEDS_CUDA, Bench
 from bench.timing import Call, interleaved, peak_memory_mb, summary
+from fastanchor.ceilings import copy_bandwidth, matmul_rate
 from fastanchor.config import Config
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split
@@ -147,7 +148,22 @@ def _group(
         bench.results.add(PART, name, **fields, **row)
         if name in settings:
             found[name] = row["ms"] / 1e3, settings[name]
+    for precision in dict.fromkeys(kept["precision"] for kept in settings.values()):
+        with bench.results.entry(PART, f"predicted, {precision}", **fields):
+            bench.results.add(PART, f"predicted, {precision}", **fields, **_predicted(bench, method, batch, precision, flops))
     return found
+
+
+def _predicted(bench: Bench, method: str, batch: int, precision: str, flops: int) -> dict[str, float]:
+    """A row as if measured, by the cost model at this device's ceilings: operators in turn, and both of its bounds."""
+    rates = cost.Rates(matmul_rate(bench.device, cost.DTYPES[precision]), copy_bandwidth(bench.device), "measured in this run")
+    made = cost.predict(
+        _config(bench, method, {"precision": precision}), rates, width=bench.width, pixels=bench.pixels, images=CIFAR_IMAGES,
+        batch=batch, gpu=bench.cuda,
+    )  # fmt: skip
+    ms = made.in_turn_s * 1e3 * batch / CIFAR_IMAGES
+    bounds = {"full_overlap_s_per_epoch": made.full_overlap_s, "no_overlap_s_per_epoch": made.no_overlap_s}
+    return {"ms": ms, "extrapolated_s_per_epoch": made.in_turn_s, **bounds, **bench.rates(flops, batch, ms)}
 
 
 def _flops(bench: Bench, method: str) -> int:

@@ -202,7 +202,7 @@ def test_zero_rows_among_other_keys():
 
 # Shrinking a failure would take minutes: a kernel of the interpreter is slow.
 @settings(
-    max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(data=st.data())
 def test_random_shapes_and_options(data):
