@@ -98,7 +98,9 @@ def test_a_slower_step_in_make_bench_is_caught(tmp_path):
     """pytest-benchmark's JSON as the plugin writes it today; one file for each of the two tests, under one name."""
     (tmp_path / "test_suite.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-q", "test_suite.py", "--benchmark-only", "--benchmark-json=both.json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A worker of xdist would pass on that it is one, and the plugin then measures nothing.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads((tmp_path / "both.json").read_text())
