@@ -84,7 +84,8 @@ class Variant(NamedTuple):
         u, tensors = self._rows(n, centres, g)
         keys = None
         if self.keys != "own":
-            keys, described = self._rows(n - 7, centres, g)
+            # Not as many as there may be rows: the truth holds matrices of rows x keys.
+            keys, described = self._rows(min(n, 400) - 7, centres, g)
             tensors |= {f"ref_{name}": value for name, value in described.items()}
         if self.views:
             tensors |= {"positive_coef": torch.tensor(COEF), "denominator_mask": torch.tensor(MASK)}
