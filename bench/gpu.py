@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
@@ -37,11 +34,12 @@ from bench import (
     gpu_supcon_speed,
     gpu_tables,
     gpu_training,
+    machine,
 )  # fmt: skip
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.results import OutOfTime, Results, time_box
 from fastanchor import environment
-from fastanchor.ceilings import matmul_rate, measure_ceilings
+from fastanchor.ceilings import matmul_rate
 
 # With less left no other process is begun.
 LEAST_SECONDS = 25.0
@@ -51,28 +49,7 @@ BATCHES = (128, 1024, 512)
 
 def run_environment(bench: Bench) -> None:
     """Device, versions, settings that decide speed, and the ceilings that all shares are shares of."""
-    about = environment.describe(bench.device)
-    row = {"device": about["device"], "about": about, "cpu_cores": os.cpu_count(), "processor": platform.machine()}
-    if bench.cuda:
-        properties = torch.cuda.get_device_properties(bench.device)
-        row |= {
-            "memory_gb": properties.total_memory / 1e9,
-            "multiprocessors": properties.multi_processor_count,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-        }
-    row |= {
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "fp32_of_convolutions": torch.backends.cudnn.conv.fp32_precision,
-        "fp32_of_matmul": torch.backends.cuda.matmul.fp32_precision,
-    }
-    ceilings = measure_ceilings(bench.device)
-    row |= {
-        "bf16_matmul_tflops": ceilings.bf16_matmul / 1e12,
-        "fp32_matmul_tflops": ceilings.fp32_matmul / 1e12,
-        "copy_gb_per_s": ceilings.copy_bandwidth / 1e9,
-        "ceilings": asdict(ceilings),
-    }
-    bench.results.add("environment", "device and ceilings", **row)
+    bench.results.add("environment", "device and ceilings", **machine.describe(bench.device))
 
 
 def run_benchmark(bench: Bench) -> None:

@@ -26,14 +26,19 @@ class OutOfTime(BaseException):
 
 
 class Results:
-    """`folder/gpu.jsonl`, a line a result, and `folder/gpu.json`: {"schema", "started", "settings", "parts", "results"}."""
+    """`folder/STEM.jsonl`, a line a result, and `folder/STEM.json`: {"schema", "kind", "started", "settings", "parts",
+    "results"}.
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    kind: the program that writes them, such as "bench.gpu"; STEM is what follows the dot.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, kind: str = "bench.gpu"):
         folder.mkdir(parents=True, exist_ok=True)
-        self.lines, self.whole = folder / "gpu.jsonl", folder / "gpu.json"
+        stem = kind.rpartition(".")[2]
+        self.lines, self.whole = folder / f"{stem}.jsonl", folder / f"{stem}.json"
         self.started = time.perf_counter()
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self.found: dict[str, Any] = {"schema": SCHEMA, "started": now, "settings": settings, "parts": {}, "results": []}
+        head = {"schema": SCHEMA, "kind": kind, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        self.found: dict[str, Any] = {**head, "settings": settings, "parts": {}, "results": []}
         self.lines.write_text("", encoding="utf-8")
         self._write()
 
