@@ -87,11 +87,12 @@ def make_step(config: Config, model: nn.Module, device: torch.device, load: Call
 
 
 def make_naive_step(
-    width: int, device: torch.device, hsc: float, steps: int, *, second_rung: bool = False
+    width: int, device: torch.device, hsc: float, steps: int, *, second_rung: bool = False, weight_gradients: bool = True
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """The naive step on a model of its own: (images uint8, labels) -> loss terms. It augments as the engine's step does.
 
     second_rung: bf16 autocast and channels-last; cudnn.benchmark, its third part, is a setting of the whole process.
+    weight_gradients: as in `naive.attack`.
     """
     model = make_model(width, device, channels_last=second_rung)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -101,7 +102,7 @@ def make_naive_step(
         images = views.augment(images_u8, "crop_flip", generator)
         return naive.train_step(
             model, optimizer, images if second_rung else images.contiguous(), labels, eps=EPS, step_size=STEP_SIZE, steps=steps,
-            hsc=hsc, temperature=TEMPERATURE, beta=BETA, bf16=second_rung,
+            hsc=hsc, temperature=TEMPERATURE, beta=BETA, bf16=second_rung, weight_gradients=weight_gradients,
         )  # fmt: skip
 
     return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from fastanchor.kernels import usable
@@ -17,7 +17,10 @@ CIFAR_IMAGES = 50_000
 
 @dataclass
 class Bench:
-    """One run. batches: in order of worth. deadline: of the present part, on time.perf_counter()."""
+    """One run. batches: in order of worth. deadline: of the present part, on time.perf_counter().
+
+    peer_paths: clones of other people's repositories, each "DIR" or "NAME=DIR".
+    """
 
     results: Results
     device: torch.device
@@ -28,6 +31,7 @@ class Bench:
     data: str
     ceiling: float = float("nan")
     deadline: float = float("inf")
+    peer_paths: list[str] = field(default_factory=list)
 
     @property
     def width(self) -> int:

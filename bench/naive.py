@@ -10,7 +10,9 @@ Where that code does still more, we leave it out, in the naive step's favour:
 * `loss.item()` and an accuracy read back every step; a start noise drawn channel by channel with `.item()`; forwards made only
   for logging (robust_overfitting); a loader on the CPU. Both sides of a comparison start from one batch on the device.
 
-The second rung, bf16=True on a channels-last model under cudnn.benchmark, is what a careful user adds to it today.
+About half of the public code (TRADES, MadryLab, torchattacks, MAIR) takes the gradient of the input alone, by
+`torch.autograd.grad`: weight_gradients=False is that code. The second rung, bf16=True on a channels-last model under
+cudnn.benchmark, is what a careful user adds to the first today.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ def clamp(values: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 def attack(
     model: nn.Module, images: Tensor, labels: Tensor, start: Tensor, *, eps: float, step_size: float, steps: int,
-    bf16: bool = False,
+    bf16: bool = False, weight_gradients: bool = True,
 ) -> Tensor:  # fmt: skip
     """PGD on the cross-entropy from images + start (linf); the model in the mode that it is in. Returns x_adv, fp32.
 
-    images (N, C, H, W) fp32 in [0, 1], labels (N,) int64. Leaves gradients in the parameters' `.grad`, as that code does.
+    images (N, C, H, W) fp32 in [0, 1], labels (N,) int64. With weight_gradients it leaves gradients in the parameters' `.grad`,
+    as that code does.
     """
     delta = clamp(start, 0 - images, 1 - images)
     delta.requires_grad = True
@@ -41,27 +44,35 @@ def attack(
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             output = model(images + delta)
         loss = F.cross_entropy(output.float() if bf16 else output, labels)
-        loss.backward()
-        gradient = delta.grad.detach()
+        if weight_gradients:
+            loss.backward()
+            gradient = delta.grad.detach()
+        else:
+            (gradient,) = torch.autograd.grad(loss, delta)
         delta.data = torch.clamp(delta + step_size * torch.sign(gradient), -eps, eps)
         delta.data = clamp(delta, 0 - images, 1 - images)
-        delta.grad.zero_()
+        if weight_gradients:
+            delta.grad.zero_()
     return (images + delta).detach()
 
 
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, *, eps: float, step_size: float,
     steps: int, hsc: float = 0.0, temperature: float = 0.1, beta: float = 2.0, bf16: bool = False, start: Tensor | None = None,
+    weight_gradients: bool = True,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Attack, training forward, backward and update; returns the loss terms.
 
     images: the augmented batch. hsc = 0 is PGD-AT: CE(f(x_adv), y). hsc > 0 is ANCHOR: one forward over [images; x_adv], and
     hsc times the reference hard_supcon on both views' embeddings besides. start: the attack's noise (None: uniform in the ball).
+    weight_gradients: as in `attack`.
     """
     if start is None:
         start = torch.zeros_like(images).uniform_(-eps, eps)
     model.eval()
-    adversarial = attack(model, images, labels, start, eps=eps, step_size=step_size, steps=steps, bf16=bf16)
+    adversarial = attack(
+        model, images, labels, start, eps=eps, step_size=step_size, steps=steps, bf16=bf16, weight_gradients=weight_gradients
+    )
     model.train()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         outputs = model(torch.cat([images, adversarial]), embed=True) if hsc > 0 else (model(adversarial),)

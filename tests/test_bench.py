@@ -38,12 +38,13 @@ def batch():
     return cases.make_model(4, CPU, channels_last=False).double(), images, labels, cases.make_noise(images, 0.1)
 
 
-def test_the_naive_attack_is_the_reference_attack_with_weight_gradients_thrown_away(batch):
+@pytest.mark.parametrize("weight_gradients", [True, False])
+def test_the_naive_attack_is_the_reference_attack_with_or_without_weight_gradients_thrown_away(batch, weight_gradients):
     model, images, labels, start = batch
     expected = reference.pgd(model, images, labels, objective=cross_entropy, start=start, **NUMBERS)
-    found = naive.attack(model, images, labels, start, **NUMBERS)
+    found = naive.attack(model, images, labels, start, **NUMBERS, weight_gradients=weight_gradients)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert all(p.grad is not None for p in model.backbone.parameters())
+    assert all((p.grad is not None) == weight_gradients for p in model.backbone.parameters())
 
 
 @pytest.mark.parametrize("hsc", [0.0, 0.5])
