@@ -1,4 +1,4 @@
-"""What a device can do at most, measured: matrix products in bf16 and fp32, and copying of memory.
+"""What a device can do at most, measured: matrix products in bf16 and fp32 (on a CPU convolutions too), and copying of memory.
 
 Every "share of the ceiling" is a share of these, measured in the process that reports it: clocks and neighbours change.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 
 from fastanchor.precision import full_precision
 
@@ -18,13 +19,19 @@ ROUNDS = 5
 # Seconds of measuring a ceiling, shared by the rounds; a GPU's clock takes some of them to rise.
 SECONDS = {"cpu": 0.2, "cuda": 0.5}
 SMALLEST_MATRIX, LARGEST_MATRIX = 128, {"cpu": 4096, "cuda": 8192}
+# Channels, pixels a side and kernel of the convolution that is timed on a CPU, and its most images.
+CHANNELS, PIXELS, KERNEL, MOST_IMAGES = 256, 8, 3, 32
 # Far beyond the last cache: 50 MiB on an H100, some 32 MiB on most processors.
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Matrix products in FLOP/s, 2 a multiply-add, fp32 with TF32 off; copying in B/s, each byte moved twice (read, written)."""
+    """Matrix products in FLOP/s, 2 a multiply-add, fp32 with TF32 off; copying in B/s, each byte moved twice (read, written).
+
+    On a CPU the quicker of a matrix product and a convolution: the two come from different libraries, of which that of the
+    matrix products may leave a processor's widest instructions unused (fp32 on an AMD EPYC: less than half of a convolution's).
+    """
 
     bf16_matmul: float
     fp32_matmul: float
@@ -44,7 +51,8 @@ def matmul_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: floa
     """FLOP/s of the product of two large square matrices of `dtype`, 2 n^3 FLOPs each: the best of ROUNDS rounds.
 
     n is a power of two from 128 to 8192 (4096 on a CPU), as large as one product fits into a round: where a processor
-    emulates bf16, a small product is all there is time for. Measured once a process and number of threads.
+    emulates bf16, a small product is all there is time for. On a CPU a 3 x 3 convolution of 256 channels is timed as well,
+    where there is time, and the quicker of both counts. Measured once a process and number of threads.
     """
     device = _with_index(device)
     return _matmul_rate(device, dtype, seconds or SECONDS[device.type], torch.get_num_threads())
@@ -58,7 +66,7 @@ def copy_bandwidth(device: str | torch.device, *, seconds: float | None = None) 
 
 @functools.cache
 def _matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float, threads: int) -> float:
-    with full_precision(), torch.no_grad():
+    with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
         size = SMALLEST_MATRIX
         product = _product(device, dtype, size)
         once = _quickest(product, device, calls=1, rounds=2)
@@ -67,7 +75,14 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float, threa
             product = _product(device, dtype, size)
             once = _quickest(product, device, calls=1, rounds=2)
         rate = 2 * size**3 / _best(product, device, once, seconds)
-    del product
+        del product
+        if device.type == "cpu":
+            flops = 2 * (CHANNELS * KERNEL * PIXELS) ** 2
+            # As many as fit into a round at that rate: none where bf16 is emulated, which no convolution makes quick.
+            if images := min(MOST_IMAGES, int(rate * seconds / ROUNDS / flops)):
+                convolution = _convolution(device, dtype, images)
+                once = _quickest(convolution, device, calls=1, rounds=2)
+                rate = max(rate, images * flops / _best(convolution, device, once, seconds))
     _release(device)
     return rate
 
@@ -88,6 +103,18 @@ def _product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[]
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device, dtype=dtype) for _ in range(2))
     return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+def _convolution(device: torch.device, dtype: torch.dtype, images: int) -> Callable[[], object]:
+    """A call that convolves as many channels-last images of normal random values, without padding."""
+    generator = torch.Generator(device).manual_seed(0)
+    side = PIXELS + KERNEL - 1
+    x, weight = (
+        torch.randn(n, CHANNELS, size, size, generator=generator, device=device, dtype=dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for n, size in ((images, side), (CHANNELS, KERNEL))
+    )  # fmt: skip
+    return functools.partial(F.conv2d, x, weight)
 
 
 def _best(call: Callable[[], object], device: torch.device, once: float, seconds: float) -> float:

@@ -22,32 +22,49 @@ def forget():
 
 
 class Clock:
-    """A device of known speed: a product of size n takes 2 n^3 / rate; all rounds but every third of a size are disturbed."""
+    """A CPU of known speeds: work of so many FLOPs takes FLOPs / rate; all rounds but every third of a size are disturbed."""
 
-    def __init__(self, monkeypatch, rate):
-        self.rate, self.sizes, self.calls, self.rounds, self.spent = rate, [], 0, 0, 0.0
-        monkeypatch.setattr(ceilings, "_product", self.product)
+    def __init__(self, monkeypatch, product, convolution):
+        self.rates, self.sizes, self.calls, self.rounds, self.spent = (
+            {"p": product, "c": convolution},
+            {"p": [], "c": []},
+            {},
+            {},
+            0.0,
+        )
+        monkeypatch.setattr(ceilings, "_product", lambda device, dtype, size: self.work("p", size, 2 * size**3))
+        monkeypatch.setattr(
+            ceilings, "_convolution", lambda device, dtype, images: self.work("c", images, images * 2 * 8 * 8 * 3 * 3 * 256 * 256)
+        )
         monkeypatch.setattr(ceilings, "_round", self.round)
 
-    def product(self, device, dtype, size):
-        self.sizes.append(size)
-        self.calls = self.rounds = 0
-        return lambda: None
+    def work(self, kind, size, flops):
+        self.sizes[kind].append(size)
+        self.calls[kind] = self.rounds[kind] = 0
+        return lambda: (kind, flops)
 
     def round(self, call, device, calls):
-        self.rounds, self.calls = self.rounds + 1, self.calls + calls
-        taken = calls * 2 * self.sizes[-1] ** 3 / self.rate * (1 if self.rounds % 3 == 0 else 1.5)
+        kind, flops = call()
+        self.rounds[kind], self.calls[kind] = self.rounds[kind] + 1, self.calls[kind] + calls
+        taken = calls * flops / self.rates[kind] * (1 if self.rounds[kind] % 3 == 0 else 1.5)
         self.spent += taken
         return taken
 
 
-@pytest.mark.parametrize("rate, size", [(1e8, 128), (1e11, 1024), (3e12, 2048), (1e15, 4096)])
-def test_rate_is_that_of_the_quickest_round_of_the_largest_product_that_there_is_time_for(monkeypatch, rate, size):
-    clock = Clock(monkeypatch, rate)
-    assert matmul_rate("cpu", torch.bfloat16, seconds=0.2) == pytest.approx(rate)
-    assert clock.sizes == [128 * 2**i for i in range(len(clock.sizes))] and clock.sizes[-1] == size
-    assert clock.spent < 0.7  # an emulated bf16 too: at its smallest size a product takes 42 ms here
-    assert clock.rounds == 2 + ceilings.ROUNDS and (rate < 1e15 or clock.calls > 900)
+@pytest.mark.parametrize(
+    "rate, size, images", [(1e8, 128, None), (1e10, 256, 5), (1e11, 1024, 32), (3e12, 2048, 32), (1e15, 4096, 32)]
+)
+@pytest.mark.parametrize("convolution", [0.9, 2.5])
+def test_rate_is_that_of_the_quickest_round_of_the_largest_work_that_there_is_time_for(
+    monkeypatch, rate, size, images, convolution
+):
+    clock = Clock(monkeypatch, rate, convolution * rate)
+    expected = rate if images is None else max(rate, convolution * rate)
+    assert matmul_rate("cpu", torch.bfloat16, seconds=0.2) == pytest.approx(expected)
+    assert clock.sizes["p"] == [128 * 2**i for i in range(len(clock.sizes["p"]))] and clock.sizes["p"][-1] == size
+    assert clock.sizes["c"] == ([images] if images else [])
+    assert clock.spent < 1.1  # an emulated bf16 too: at its smallest size a product takes 42 ms here, a convolution 755
+    assert set(clock.rounds.values()) == {2 + ceilings.ROUNDS} and (rate < 1e15 or min(clock.calls.values()) > 300)
 
 
 def test_copying_counts_the_read_and_the_write(monkeypatch):
@@ -65,6 +82,16 @@ def test_products_and_copies_are_done_as_often_as_the_clock_is_told():
     assert len(done) == 9  # and one that is not timed
 
 
+def test_the_convolution_timed_has_the_flops_that_are_counted():
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            ceilings._convolution(torch.device("cpu"), dtype, 3)()
+        assert counter.get_total_flops() == 3 * 2 * (ceilings.CHANNELS * ceilings.KERNEL * ceilings.PIXELS) ** 2
+        images, weight = ceilings._convolution(torch.device("cpu"), dtype, 3).args
+        assert images.dtype == weight.dtype == dtype and images.is_contiguous(memory_format=torch.channels_last)
+        assert images.float().std() == pytest.approx(1, abs=0.1)
+
+
 def test_the_work_timed_is_a_product_of_random_matrices_of_the_dtype_and_a_whole_copy():
     for dtype in (torch.bfloat16, torch.float32):
         product = ceilings._product(torch.device("cpu"), dtype, 64)
@@ -80,7 +107,7 @@ def test_measuring_gives_plausible_figures_in_full_precision_and_changes_nothing
     rounds, seen = ceilings._round, []
 
     def spied(call, device, calls):
-        if call.func is torch.mm:
+        if call.func in (torch.mm, torch.conv2d):
             seen.append((torch.is_autocast_enabled("cpu"), *(switch.fp32_precision for switch in SWITCHES)))
         return rounds(call, device, calls)
 
