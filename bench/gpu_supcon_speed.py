@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cold, peers
+from bench import cold
 from bench import supcon_cases as cases
 from bench.gpu_common import NEEDS_CUDA, Bench
+from bench.peers import losses as peers
 from bench.timing import interleaved, peak_memory_mb, summary
 from fastanchor.graphs import CaptureFailed
 

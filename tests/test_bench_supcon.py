@@ -17,8 +17,9 @@ from fastanchor.kernels.config import Row, Tile
 from graph_emulator import Emulator
 from interpreter import interpreted
 
-from bench import gpu_common, gpu_small, gpu_supcon, gpu_supcon_speed, gpu_tables, peers, supcon_cases, tune
+from bench import gpu_common, gpu_small, gpu_supcon, gpu_supcon_speed, gpu_tables, supcon_cases, tune
 from bench.gpu_common import NEEDS_CUDA, Bench
+from bench.peers import losses as peers
 from bench.results import Results
 from bench.supcon_truth import blockwise
 from fastanchor.graphs import use_recorder
