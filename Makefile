@@ -1,5 +1,7 @@
 # Two commands do all of their set-up: `make demo` and `make test`.
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,8 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n auto
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m pytest -q bench --benchmark-only
+	mkdir -p runs/bench-cpu
+	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=runs/bench-cpu/bench.json | tee runs/bench-cpu/bench.log
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

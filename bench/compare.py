@@ -2,9 +2,9 @@
 
     python -m bench.compare A.json B.json [--slowdown 1.10] [--only PART,...] [--any-device] [--json FILE]
 
-Reads what bench.gpu, `make bench` (pytest-benchmark) and bench.ladder write. A timing counts as slower where its median is past
-the slowdown AND its range lies wholly above A's; where a file has no range, the medians alone decide. Exit status: 0; 1 where
-something is slower, no longer `ok`, or newly failed; 2 for bad input, with one sentence.
+Reads what bench.gpu, bench.peers, bench.speedrun, `make bench` (pytest-benchmark) and bench.ladder write. A timing counts as
+slower where its median is past the slowdown AND its range lies wholly above A's; where a file has no range, the medians alone
+decide. Exit status: 0; 1 where something is slower, no longer `ok`, or newly failed; 2 for bad input, with one sentence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA = 1
 Key = tuple[str, str, str]  # part, what was measured, which of its times
 # Fields of a row of gpu.json that say what was measured, as against what came out.
 IDENTITY = (
-    "what", "case", "regime", "method", "batch", "n", "d", "how", "channels", "out_channels", "pixels", "dtype", "bn",
+    "peer", "what", "case", "regime", "method", "batch", "n", "d", "how", "channels", "out_channels", "pixels", "dtype", "bn",
     "objective", "precision", "backend", "graph", "compile", "kernels", "cudnn_benchmark",
 )  # fmt: skip
 # Times of one row by field: name and milliseconds in a unit. Left out: first_step_s, which is compilation, and what follows from
@@ -39,8 +39,10 @@ TIMES = {
     "replay_forward_ms": ("replay, forward", 1), "seconds": ("whole", 1e3),
 }  # fmt: skip
 CEILINGS = ("bf16_matmul_tflops", "fp32_matmul_tflops", "copy_gb_per_s")
-# Settings without which two files of a kind did not time the same network on the same images.
-SAME_WORK = ("quick", "width", "batch", "pixels")
+# Settings without which two files of a kind did not time the same network on the same images. Of `make bench`, whose settings
+# are sizes: all but the numbers of rounds.
+SAME_WORK = ("quick", "width", "batch", "pixels", "steps", "target")
+RUNS = ("bench.gpu", "bench.peers", "bench.speedrun")
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,23 @@ class Run:
 
 
 def load(path: Path) -> Run:
-    """Read one file of bench.gpu, pytest-benchmark or bench.ladder; UserError where it is none."""
+    """Read one file of RUNS, pytest-benchmark or bench.ladder; UserError where it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise UserError(f"{path}: is not JSON") from None
-    kinds = {"results": ("bench.gpu", _gpu), "ladders": ("bench.ladder", _ladder), "benchmarks": ("make bench", _pytest)}
-    kind = next((key for key in kinds if isinstance(found, dict) and key in found), None)
-    if kind is None:
-        raise UserError(f"{path}: is no file of bench.gpu, bench.ladder or make bench (pytest-benchmark's JSON)")
-    run = Run(kinds[kind][0], {})
+    readers = {"results": (RUNS[0], _results), "ladders": ("bench.ladder", _ladder), "benchmarks": ("make bench", _pytest)}
+    holds = next((key for key in readers if isinstance(found, dict) and key in found), None)
+    kind, reader = readers.get(holds, (None, None))
+    if holds == "results":
+        kind = found.get("kind", kind)  # the first files of bench.gpu had none
+    if kind is None or (holds == "results" and kind not in RUNS):
+        raise UserError(f"{path}: is no file of {', '.join(RUNS)}, bench.ladder or make bench (pytest-benchmark's JSON)")
+    run = Run(kind, {})
     try:
-        kinds[kind][1](run, found)
+        reader(run, found)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{path}: {error}") from None
@@ -113,11 +118,11 @@ def _described(about: dict[str, Any]) -> dict[str, str | None]:
     return {name: None if value is None else str(value) for name, value in found.items()}
 
 
-def _gpu(run: Run, found: dict[str, Any]) -> None:
+def _results(run: Run, found: dict[str, Any]) -> None:
     run.settings = found["settings"]
     # Without the part `environment` the kind of device is all that is known.
     run.about = {"device": run.settings.get("device")}
-    epochs: dict[tuple[str, str], list[float]] = {}
+    repeated: dict[Key, list[float]] = {}
     seen: dict[tuple[str, str], int] = {}
     for row in found["results"]:
         part, name = row["part"], _entry(row)
@@ -128,7 +133,9 @@ def _gpu(run: Run, found: dict[str, Any]) -> None:
             run.failed.add((part, name))
         elif part == "training":
             # The first one captures and compiles.
-            epochs.setdefault((part, name), []).extend([1e3 * row["seconds"]] if row["epoch"] > 1 else [])
+            repeated.setdefault((part, name, "epoch"), []).extend([1e3 * row["seconds"]] if row["epoch"] > 1 else [])
+        elif "seed" in row and "seconds" in row:
+            repeated.setdefault((part, "from random weights to the end", "every seed"), []).append(1e3 * row["seconds"])
         elif "left_out" not in row:
             # Of what stands beside several groups, as naive code does, each time is one of its own.
             seen[part, name] = seen.get((part, name), 0) + 1
@@ -139,10 +146,9 @@ def _gpu(run: Run, found: dict[str, Any]) -> None:
                 if key in row:
                     span = row.get(f"{key}_range")
                     run.timings[part, name, label] = _timing(name, unit * row[key], span, row.get("rounds"))
-    for (part, name), times in epochs.items():
+    for key, times in repeated.items():
         if times:
-            span = [min(times), max(times)]
-            run.timings[part, name, "epoch"] = _timing(name, statistics.median(times), span, len(times))
+            run.timings[key] = _timing(key[1], statistics.median(times), [min(times), max(times)], len(times))
 
 
 def _entry(row: dict[str, Any]) -> str:
@@ -158,7 +164,9 @@ def _entry(row: dict[str, Any]) -> str:
 
 
 def _ladder(run: Run, found: dict[str, Any]) -> None:
-    run.settings, run.about = found["settings"], _described(found["environment"])
+    row = found["environment"]  # the first files have what is in its `about`, and no ceilings
+    run.settings, run.about = found["settings"], _described(row.get("about", row))
+    run.ceilings = {key: row[key] for key in CEILINGS if key in row}
     for title, rows in found["ladders"].items():
         part = "attack" if title.startswith("attack") else "step"
         for row in rows:
@@ -176,15 +184,28 @@ def _pytest(run: Run, found: dict[str, Any]) -> None:
         "commit": f"{str(commit['id'])[:12]}{changed}" if commit.get("id") else None,
         "python": machine.get("python_version"),
     }
+    ours = found.get("fastanchor")  # the first files have none
+    if ours is not None:
+        row = ours["environment"]
+        run.settings, run.about = dict(ours["settings"]), _described(row["about"])
+        run.ceilings = {key: row[key] for key in CEILINGS if key in row}
+        run.failed = {(_part(name), name) for name in (node.rpartition("::")[2] for node in ours.get("failed", []))}
     for entry in found["benchmarks"]:
-        part, name, stats = entry["name"].split("[")[0].removeprefix("test_"), entry["name"], entry["stats"]
+        part, name, stats = _part(entry["name"]), entry["name"], entry["stats"]
         span = [1e3 * stats["min"], 1e3 * stats["max"]]
         run.timings[part, name, "engine"] = _timing(name, 1e3 * stats["median"], span, stats["rounds"])
         for key, value in entry["extra_info"].items():
             if key.endswith("_median_s"):
-                # The yardstick: not what is under test, and kept without its range.
-                peer = key.removesuffix("_median_s").replace("_", " ")
-                run.timings[part, name, peer] = _timing(name, 1e3 * value, None, None, gated=False)
+                # The yardstick: not what is under test.
+                peer = key.removesuffix("_median_s")
+                span = entry["extra_info"].get(f"{peer}_range_s")
+                span = None if span is None else [1e3 * s for s in span]
+                run.timings[part, name, peer.replace("_", " ")] = _timing(name, 1e3 * value, span, stats["rounds"], gated=False)
+
+
+def _part(test: str) -> str:
+    """Of `test_whole_step[PGD-AT-fp32]`: whole_step."""
+    return test.split("[")[0].removeprefix("test_")
 
 
 def rows(a: Run, b: Run, slowdown: float) -> Iterator[dict[str, Any]]:
@@ -209,11 +230,16 @@ def rows(a: Run, b: Run, slowdown: float) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
+def _work(a: Run, b: Run) -> list[str]:
+    """The settings that two runs must share; of `make bench` those that both state, since its first files state none."""
+    return [key for key in a.settings if key in b.settings and "rounds" not in key] if a.kind == "make bench" else list(SAME_WORK)
+
+
 def compare(a: Run, b: Run, *, slowdown: float = 1.10, any_device: bool = False) -> dict[str, Any]:
     """Everything that is said about two runs, as --json writes it; `exit` is 0 or 1. UserError where they cannot be compared."""
     if a.kind != b.kind:
         raise UserError(f"A is a file of {a.kind} and B one of {b.kind}: they have no timings in common")
-    for name in SAME_WORK:
+    for name in _work(a, b):
         if a.settings.get(name) != b.settings.get(name):
             raise UserError(f"A and B did not time the same work: {name} {a.settings.get(name)} and {b.settings.get(name)}")
     devices = [run.about.get("device") for run in (a, b)]
@@ -308,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("a", type=Path, metavar="A.json", help="before")
     parser.add_argument("b", type=Path, metavar="B.json", help="after: ratios are its time over A's")
     parser.add_argument("--slowdown", type=float, default=1.10, help="ratio past which a timing counts as slower (default: 1.10)")
-    parser.add_argument("--only", metavar="PART,...", help="bench.gpu's parts; attack, whole_step of make bench; attack, step")
+    parser.add_argument("--only", metavar="PART,...", help="the files' parts: attack, steps, whole_step, ...")
     parser.add_argument("--any-device", action="store_true", help="compare runs of different devices")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the comparison here")
     args = parser.parse_args(arguments)

@@ -31,6 +31,23 @@ def gpu_file(folder, rows, about=ABOUT, **settings):
     return folder / "gpu.json"
 
 
+def suite_file(path, changed=None, failed=(), **settings):
+    """The recorded file of `make bench` as it is written today: with peers' ranges, settings, the machine and its ceilings."""
+    found = json.loads((RECORD / "bench.json").read_text())
+    for entry in found["benchmarks"]:
+        for peer in ("naive", "second_rung"):
+            median = entry["extra_info"][f"{peer}_median_s"]
+            entry["extra_info"][f"{peer}_range_s"] = [0.9 * median, 1.1 * median]
+    settings = {"quick": False, "width": 32, "batch": 32, "pixels": 32, "steps": 10, "rounds": 7, **settings}
+    environment = {"device": ABOUT["device"], "about": ABOUT, "fp32_matmul_tflops": 0.2, "copy_gb_per_s": 30.0}
+    found["fastanchor"] = {
+        "schema": 1, "kind": "make bench", "environment": environment, "settings": settings, "failed": list(failed),
+    }  # fmt: skip
+    (changed or (lambda found: None))(found)
+    path.write_text(json.dumps(found))
+    return path
+
+
 def timed(ms, low, high, **fields):
     return {"ms": ms, "ms_range": [low, high], "rounds": 5, **fields}
 
@@ -80,17 +97,15 @@ SUITE = f"""
 import functools
 
 import pytest
-from bench import cases, test_steps
-
-test_steps.ROUNDS = 5
+from bench import cases, turns
 
 
 @pytest.mark.parametrize("passes", [3, {3 * TIMES_THE_WORK}])
 def test_whole_step(benchmark, passes):
-    batch = cases.make_batch(4, 16, test_steps.CPU)
-    step = cases.make_step(cases.make_config(0.0, 2), cases.make_model(4, test_steps.CPU), test_steps.CPU)
-    naive = functools.partial(cases.make_naive_step(4, test_steps.CPU, 0.0, 2), *batch)
-    test_steps.take_turns(benchmark, lambda: [step(*batch, progress=0.0) for _ in range(passes)], {{"naive": naive}})
+    batch = cases.make_batch(4, 16, turns.CPU)
+    step = cases.make_step(cases.make_config(0.0, 2), cases.make_model(4, turns.CPU), turns.CPU)
+    naive = functools.partial(cases.make_naive_step(4, turns.CPU, 0.0, 2), *batch)
+    turns.take_turns(benchmark, lambda: [step(*batch, progress=0.0) for _ in range(passes)], {{"naive": naive}}, rounds=5)
 """
 
 
@@ -251,6 +266,89 @@ def test_a_slower_yardstick_is_shown_and_does_not_count(tmp_path):
     status, compared_ = compared(tmp_path, RECORD / "bench.json", tmp_path / "b.json")
     (row,) = (row for row in compared_["rows"] if row["verdict"])
     assert status == 0 and row["verdict"] == "yardstick" and row["b_ms"] == pytest.approx(2e3 * before)
+
+
+def test_make_bench_says_what_it_timed_and_on_what(tmp_path, capsys):
+    a = suite_file(tmp_path / "a.json")
+    old = RECORD / "bench.json"
+    status, found = compared(tmp_path, a, suite_file(tmp_path / "b.json", rounds=9, epoch_rounds=2))
+    assert (
+        status == 0 and found["device"] == ABOUT["device"] and found["settings"] == {"epoch_rounds": [None, 2], "rounds": [7, 9]}
+    )
+    assert found["ceilings"] == {"fp32_matmul_tflops": 1.0, "copy_gb_per_s": 1.0}
+    # A size that one of them does not know, of a suite that came later, is no reason to refuse the others.
+    assert run(a, suite_file(tmp_path / "later.json", data_batch=128)) == 0
+    for name in ("width", "batch", "pixels", "steps"):
+        capsys.readouterr()
+        assert run(a, suite_file(tmp_path / "other.json", **{name: 64})) == 2
+        assert f"not time the same work: {name} " in capsys.readouterr().err
+    assert run(a, suite_file(tmp_path / "quick.json", quick=True)) == 2
+    # A file of before, that does not say.
+    assert run(a, old) == 2 and "--any-device" in capsys.readouterr().err
+    assert run(a, old, "--any-device") == 0 and run(old, a, "--any-device") == 0
+
+
+def test_peers_of_make_bench_have_ranges_and_a_benchmark_that_fails_is_noticed(tmp_path):
+    def slower(found):
+        info = found["benchmarks"][0]["extra_info"]
+        info |= {"naive_median_s": 2 * info["naive_median_s"], "naive_range_s": [2 * s for s in info["naive_range_s"]]}
+
+    a = suite_file(tmp_path / "a.json")
+    status, found = compared(tmp_path, a, suite_file(tmp_path / "b.json", slower))
+    (row,) = (row for row in found["rows"] if row["verdict"])
+    assert (status, row["timing"], row["verdict"]) == (0, "naive", "yardstick")
+    assert row["ratio_range"] == pytest.approx([2 * 0.9 / 1.1, 2 * 1.1 / 0.9])
+
+    def gone(found):
+        found["benchmarks"] = [entry for entry in found["benchmarks"] if entry["name"] != "test_attack[bf16]"]
+
+    node = "bench/test_attack.py::test_attack[bf16]"
+    failed = suite_file(tmp_path / "failed.json", gone, failed=[node])
+    status, found = compared(tmp_path, a, failed)
+    assert (status, found["turned_bad"]) == (1, ["attack: test_attack[bf16]: failed"])
+    assert run(a, suite_file(tmp_path / "gone.json", gone)) == 0 and run(failed, failed) == 0
+
+
+def run_file(folder, kind, rows, **settings):
+    results = Results(folder, settings, kind=kind)
+    results.add("environment", "device and ceilings", device=ABOUT["device"], about=ABOUT)
+    for part, name, fields in rows:
+        results.add(part, name, **fields)
+    return results.whole
+
+
+def test_peers_files_are_read_too_and_the_peer_tells_rows_apart(tmp_path, capsys):
+    rows = [("peers", "naive, fp32", timed(ms, ms - 0.1, ms + 0.1, peer=peer, batch=8)) for ms, peer in ((1.0, "X"), (2.0, "Y"))]
+    a = run_file(tmp_path / "a", "bench.peers", rows, width=8, batch=8)
+    slower = ("peers", "naive, fp32", timed(4.0, 3.9, 4.1, peer="Y", batch=8))
+    status, found = compared(tmp_path, a, run_file(tmp_path / "b", "bench.peers", [slower, rows[0]], width=8, batch=8))
+    assert status == 1 and found["kind"] == "bench.peers"
+    assert {row["name"]: row["ratio"] for row in found["rows"]} == {"naive, fp32 | X, batch 8": 1, "naive, fp32 | Y, batch 8": 2}
+    capsys.readouterr()
+    for other, says in (
+        (run_file(tmp_path / "wide", "bench.peers", rows, width=16, batch=8), "not time the same work: width 8 and 16"),
+        (gpu_file(tmp_path / "gpu", rows), "A is a file of bench.peers and B one of bench.gpu"),
+        (run_file(tmp_path / "new", "bench.new", rows), "is no file of bench.gpu, bench.peers, bench.speedrun"),
+    ):
+        assert run(a, other) == 2 and says in capsys.readouterr().err
+    # The first files of bench.gpu did not give their kind.
+    named = json.loads((tmp_path / "gpu" / "gpu.json").read_text())
+    del named["kind"]
+    (tmp_path / "unnamed.json").write_text(json.dumps(named))
+    assert run(tmp_path / "gpu" / "gpu.json", tmp_path / "unnamed.json") == 0
+
+
+def test_the_seeds_of_a_speedrun_are_one_timing_with_a_range(tmp_path, capsys):
+    def file(name, times, accuracy=50.0):
+        rows = [("seeds", f"seed {i}", {"seed": i, "seconds": s, "robust": 50.1}) for i, s in enumerate(times)]
+        return run_file(tmp_path / name, "bench.speedrun", rows, target={"attack": "pgd20", "accuracy": accuracy})
+
+    a = file("a", [100.0, 110.0, 104.0])
+    status, found = compared(tmp_path, a, file("b", [130.0, 125.0, 140.0, 131.0]))
+    (row,) = found["rows"]
+    assert status == 1 and row["a_ms"] == 104e3 and row["b_range"] == [125e3, 140e3]
+    assert run(a, file("near", [130.0, 105.0, 140.0])) == 0
+    assert run(a, file("easier", [10.0], accuracy=30.0)) == 2 and "same work: target" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, capsys):
