@@ -15,11 +15,13 @@ TENSORBOARD = ["tensorboard>=2.16,<3"]
 # The plain name `nvidia-dali` on the package index is not NVIDIA's: the extras name the CUDA builds.
 DALI_CUDA12 = ["nvidia-dali-cuda120>=2.4,<3"]
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.4,<3"]
-# What bench/ compares the contrastive loss with; none of them is needed.
+# What bench/ compares with; none of them is needed. torchattacks, which pins an old `requests` and draws torchvision in, is
+# installed by hand: pip install --no-deps torchattacks==3.5.1.
 PEERS = [
     "pytorch-metric-learning>=2.5,<3",
     "memeff>=0.3.1,<0.4; platform_system == 'Linux'",
     "inf-cl>=1.2,<2; platform_system == 'Linux'",
+    "tqdm>=4.60,<5",
 ]
 DEV = [
     *EVAL,
@@ -30,6 +32,8 @@ DEV = [
     "pytest-xdist>=3.5,<4",
     "hypothesis>=6.100,<7",
     "ruff>=0.9,<1",
+    # The documented form of what bench/ writes.
+    "jsonschema>=4.20,<5",
     "pytorch-metric-learning>=2.5,<3",
     # The kernels' tests: Triton's interpreter and compiler need no GPU.
     "triton==3.7.1; platform_system == 'Linux'",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import cases, naive
+from bench import cases, machine, naive
 from bench.timing import Call, interleaved, summary
 from fastanchor import environment
 from fastanchor.attacks import PGD
@@ -215,6 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = environment.pick_device(args.device)
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     ladders = measure(args, device)
     settings = {key: value for key, value in vars(args).items() if key != "json"}
     where = f"{environment.device_name(device)}, torch {torch.__version__}"
@@ -227,7 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
         highlight=False,
     )
     if args.json:
-        found = {"schema": 1, "environment": environment.describe(device), "settings": settings, "ladders": ladders}
+        head = {"schema": 1, "kind": "bench.ladder", "started": started, "environment": machine.describe(device)}
+        found = {**head, "settings": settings, "ladders": ladders}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

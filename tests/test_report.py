@@ -505,5 +505,5 @@ def test_bad_input(full, images, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"nowhere.*cannot be written \(No such file"):
         build_report(full.trained, full.run, images, out=tmp_path / "nowhere" / "r.html", limit=4, device=CPU)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r'^the report needs matplotlib: pip install "fastanchor\[plots\]"$'):
+    with pytest.raises(UserError, match=r'^figures need matplotlib: pip install "fastanchor\[plots\]"$'):
         build_report(full.trained, full.run, images, out=tmp_path / "r.html", device=CPU)

@@ -46,7 +46,7 @@ LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 INK, MUTED, GRID, CLEAN, ROBUST, ACCENT = (LIGHT[name] for name in ("ink", "muted", "grid", "clean", "robust", "accent"))
 HALO = "halo"  # the id of texts that the page draws with an outline of its own colour
 
-_SETTINGS = {
+SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "fastanchor", "font.family": ["DejaVu Sans"], "font.size": 8.5,
     "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.linewidth": 0.6,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
@@ -62,7 +62,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UserError('the report needs matplotlib: pip install "fastanchor[plots]"') from None
+        raise UserError('figures need matplotlib: pip install "fastanchor[plots]"') from None
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _figure(size: tuple[float, float], name: str) -> Iterator[tuple[Axes, Callab
     import matplotlib
     from matplotlib.figure import Figure
 
-    with warnings.catch_warnings(), matplotlib.rc_context(_SETTINGS):
+    with warnings.catch_warnings(), matplotlib.rc_context(SETTINGS):
         # Names of classes may need glyphs that matplotlib's own font lacks; the browser has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=size, dpi=72, layout="constrained")
