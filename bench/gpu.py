@@ -27,7 +27,9 @@ from bench import (
     gpu_attack,
     gpu_convs,
     gpu_correctness,
+    gpu_data,
     gpu_kernels,
+    gpu_peers,
     gpu_small,
     gpu_steps,
     gpu_supcon,
@@ -37,9 +39,11 @@ from bench import (
     machine,
 )  # fmt: skip
 from bench.gpu_common import NEEDS_CUDA, Bench
+from bench.peers.clones import recognise_all
 from bench.results import OutOfTime, Results, time_box
 from fastanchor import environment
 from fastanchor.ceilings import matmul_rate
+from fastanchor.errors import UserError
 
 # With less left no other process is begun.
 LEAST_SECONDS = 25.0
@@ -98,6 +102,8 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "steps": (gpu_steps.run, 190),
     "supcon_speed": (gpu_supcon_speed.run, 60),
     "small": (gpu_small.run, 20),
+    "data": (gpu_data.run, 50),
+    "peers": (gpu_peers.run, 60),
     "benchmark": (run_benchmark, 60),
     "convs": (gpu_convs.run, 55),
     "kernels": (gpu_kernels.run, 20),
@@ -133,6 +139,7 @@ def run_parts(bench: Bench, names: list[str], budget: float) -> None:
             bench.deadline = ends
             if bench.left() >= LEAST_SECONDS:
                 options = ["--batches", ",".join(map(str, bench.batches)), *([] if bench.compile else ["--no-compile"])]
+                options += [part for path in bench.peer_paths for part in ("--peer-path", path)]
                 run_apart(bench, name, names[i + 1 :], "rest", options)
             return
 
@@ -156,6 +163,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds in all (default: {BUDGET:.0f})")
     parser.add_argument("--data", default="synthetic", help="data set of correctness and training (default: synthetic)")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    parser.add_argument("--peer-path", action="append", default=[], metavar="[NAME=]DIR",
+                        help="a clone for the part peers, as of python -m bench.peers; it is executed")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="run all of it under cudnn.benchmark")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: a check of this program")
@@ -169,6 +178,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--batches {args.batches}: must be whole numbers with commas between")
     if min(args.batches) < 2:
         parser.error(f"--batches {min(args.batches)}: must be at least 2")
+    try:
+        recognise_all(args.peer_path)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 
@@ -176,13 +189,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns how many results are failures."""
     args = parse(arguments)
     device = environment.pick_device(args.device)
-    settings = {**vars(args), "out": str(args.out), "device": str(device)}
+    # Of a path only what is recognised in it: results are there to be shown.
+    settings = {**vars(args), "out": args.out.name, "device": str(device), "peer_path": list(recognise_all(args.peer_path))}
     results = Results(args.out, settings)
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
     bench = Bench(
         results, device, args.batches, quick=args.quick, compile=not (args.no_compile or args.quick),
         cudnn_benchmark=args.cudnn_benchmark, data=args.data, ceiling=matmul_rate(device, torch.bfloat16),
+        peer_paths=args.peer_path,
     )  # fmt: skip
     try:
         run_parts(bench, args.only, args.budget - (perf_counter() - results.started))

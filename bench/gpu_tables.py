@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.peers import tables as peer_tables
 from bench.results import Results
 
 Row = dict
@@ -27,11 +28,13 @@ SUPCON = (
 )  # fmt: skip
 REFRESH = ("how", "dtype", "ms", "ratio", "gb_per_s")
 SMALL = ("what", "ms", "ratio", "gb_per_s", "share_of_copy", "largest_difference", "ok")
+DATA = ("how", "batch", "ms", "images_per_s", "ratio", "cost_percent")
 CEILINGS = ("device", "bf16_matmul_tflops", "fp32_matmul_tflops", "copy_gb_per_s", "cudnn_benchmark")
 
 
 def show(results: Results, console: Console) -> None:
     """All tables for which there is a result, and the errors."""
+    peer_tables.show([row for row in results.rows("peers") if "error" not in row], console)
     for made in _tables(results):
         if made is not None:
             console.print(made)
@@ -46,6 +49,7 @@ def show(results: Results, console: Console) -> None:
 def _tables(results: Results) -> Iterator[Table | None]:
     share = "share of the bf16 matmul ceiling"
     yield _pivot(f"convolutions: us, {share}", results.rows("convs"), _layer, _name, _conv_cell)
+    yield _list("input pipelines: alone, and the PGD-AT step that they feed", results.rows("data"), DATA)
     yield _list("refresh of the folded weights", results.rows("refresh"), REFRESH)
     yield _list("training", results.rows("training"), TRAINING)
     yield _list("small kernels: device time, x eager, share of the copy ceiling", results.rows("small"), SMALL)
