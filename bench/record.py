@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.record", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", metavar="NAME", help="of the record, after the date: h100-attack")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that bench/ wrote")
-    parser.add_argument("--log", nargs="+", type=Path, default=[], metavar="FILE", help="raw logs, kept beside them")
+    parser.add_argument("--log", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="raw logs, kept beside them")
     parser.add_argument("--note", default="", metavar="TEXT", help="what a reader should know; stands at the top of the README")
     parser.add_argument("--into", type=Path, default=RECORDS, metavar="DIR", help="default: bench/records")
     parser.add_argument(

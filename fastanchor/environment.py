@@ -70,9 +70,12 @@ def describe(device: torch.device) -> dict:
 
 
 def _command() -> str:
-    """The command line without the folder of the program, which is this machine's affair."""
-    program = Path(sys.argv[0]).name
-    return shlex.join(["fastanchor" if program == "cli.py" else program, *sys.argv[1:]])
+    """The command line without the folder of the program, which is this machine's affair; a module as `python -m` names it."""
+    program = [Path(sys.argv[0]).name]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None and program[0] == Path(module.origin or "").name:
+        program = ["python", "-m", module.name.removesuffix(".__main__")]
+    return shlex.join([*(["fastanchor"] if program[-1] in ("cli.py", "fastanchor.cli") else program), *sys.argv[1:]])
 
 
 def _processor() -> str:
