@@ -193,7 +193,7 @@ def _peer_epochs(run: Run) -> Found:
     panels: dict[str, dict[str, list[Dot]]] = {}
     for row in rows:
         own = row["name"] == row["peer"]
-        title = f"{row['peer']}, batch {row['batch']}, PGD-{row['steps']}" if row.get("steps") else row["peer"]
+        title = f"{row['peer']}, batch {row['batch']}" + (f", PGD-{row['steps']}" if row.get("steps") else "")
         dot = dataclasses.replace(_epoch_dot(row), series="", hollow=own)
         panels.setdefault(title, {})["its own code" if own else row["name"]] = [dot]
     title = f"Seconds an epoch of {CIFAR_IMAGES:,} images, beside public code"

@@ -342,7 +342,7 @@ def _left_out(run: Run, variant: Variant) -> str | None:
 
 def _measure_variant(run: Run, session: Session, variant: Variant, name: str, fields: dict) -> None:
     case = run.case(variant)
-    fields = {**fields, "width": case.width, "steps": case.steps}
+    fields = {**fields, "width": case.width, "steps": case.steps if variant.computes.get("attack") else None}
     makers: dict[str, Callable[[], Work]] = {name: lambda: variant.make(session, case)}
     flops = None
     if variant.counterpart is not None:
