@@ -32,7 +32,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import program
 from fastanchor import kernels
+from fastanchor.errors import UserError
+from fastanchor.files import make_place
 
 META = torch.device("meta")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -284,6 +287,11 @@ def main(arguments: list[str] | None = None) -> int:
     archs = [arch for arch in config.SHARED_LIMIT if str(arch) in chosen.arch.split(",")]
     if len(archs) != len(chosen.arch.split(",")):
         parser.error(f"--arch {chosen.arch}: must be some of {', '.join(map(str, config.SHARED_LIMIT))}")
+    try:
+        if chosen.json:
+            make_place(chosen.json)
+    except UserError as error:
+        parser.exit(2, f"bench.aot: {error}\n")
     about = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
     print(f"Ahead-of-time compilation, no GPU: {', '.join(f'{name} {version}' for name, version in about.items())}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
@@ -308,4 +316,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run("bench.aot", main))

@@ -86,6 +86,18 @@ def make_step(config: Config, model: nn.Module, device: torch.device, load: Call
     return step
 
 
+def make_naive_attack(
+    model: nn.Module, images: Tensor, labels: Tensor, start: Tensor, steps: int, *, bf16: bool = False
+) -> Callable[[], Tensor]:
+    """The naive attack alone, as it stands in a training step: the gradients of the weights begin anew with each call."""
+
+    def call() -> Tensor:
+        model.zero_grad()  # in a training step the optimiser's, once a step
+        return naive.attack(model, images, labels, start, eps=EPS, step_size=STEP_SIZE, steps=steps, bf16=bf16)
+
+    return call
+
+
 def make_naive_step(
     width: int, device: torch.device, hsc: float, steps: int, *, second_rung: bool = False, weight_gradients: bool = True
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:

@@ -4,7 +4,8 @@
 
 Reads what bench.gpu, bench.peers, bench.speedrun, `make bench` (pytest-benchmark) and bench.ladder write. A timing counts as
 slower where its median is past the slowdown AND its range lies wholly above A's; where a file has no range, the medians alone
-decide. Exit status: 0; 1 where something is slower, no longer `ok`, or newly failed; 2 for bad input, with one sentence.
+decide. Peers' own code, the naive code and the second rung are yardsticks: their times are shown and never count.
+Exit status: 0; 1 where something is slower, no longer `ok`, or newly failed; 2 for bad input, with one sentence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import program
 from fastanchor.errors import UserError
+from fastanchor.files import make_place
 
 SCHEMA = 1
 Key = tuple[str, str, str]  # part, what was measured, which of its times
@@ -43,6 +46,8 @@ CEILINGS = ("bf16_matmul_tflops", "fp32_matmul_tflops", "copy_gb_per_s")
 # are sizes: all but the numbers of rounds.
 SAME_WORK = ("quick", "width", "batch", "pixels", "steps", "target")
 RUNS = ("bench.gpu", "bench.peers", "bench.speedrun")
+# How the names of rows begin that time what the engine is held beside.
+YARDSTICKS = ("naive", "second rung")
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,15 @@ def _results(run: Run, found: dict[str, Any]) -> None:
             for key, (label, unit) in TIMES.items():
                 if key in row:
                     span = row.get(f"{key}_range")
-                    run.timings[part, name, label] = _timing(name, unit * row[key], span, row.get("rounds"))
+                    run.timings[part, name, label] = _timing(name, unit * row[key], span, row.get("rounds"), not _yardstick(row))
     for key, times in repeated.items():
         if times:
             run.timings[key] = _timing(key[1], statistics.median(times), [min(times), max(times)], len(times))
+
+
+def _yardstick(row: dict[str, Any]) -> bool:
+    """Whether it times other people's code, not ours: of the rows beside a peer that is the one that has the peer's name."""
+    return row["name"] == row.get("peer") or row["name"].startswith(YARDSTICKS)
 
 
 def _entry(row: dict[str, Any]) -> str:
@@ -171,7 +181,7 @@ def _ladder(run: Run, found: dict[str, Any]) -> None:
         part = "attack" if title.startswith("attack") else "step"
         for row in rows:
             name = f"{row['name']} | {title}"
-            run.timings[part, name, ""] = _timing(name, row["ms"], row["ms_range"], row["rounds"])
+            run.timings[part, name, ""] = _timing(name, row["ms"], row["ms_range"], row["rounds"], not _yardstick(row))
 
 
 def _pytest(run: Run, found: dict[str, Any]) -> None:
@@ -344,16 +354,16 @@ def main(arguments: list[str] | None = None) -> int:
         runs = [load(path) for path in (args.a, args.b)]
         _select(runs, args.only)
         found = compare(*runs, slowdown=args.slowdown, any_device=args.any_device)
-    except UserError as error:
+        if args.json:
+            make_place(args.json)
+            files = {"a": str(args.a), "b": str(args.b)}
+            args.json.write_text(json.dumps({**files, **found}, indent=1) + "\n", encoding="utf-8")
+    except (UserError, OSError) as error:
         print(f"bench.compare: {error}", file=sys.stderr)
         return 2
     show(found, Console(width=170, highlight=False, markup=False))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        files = {"a": str(args.a), "b": str(args.b)}
-        args.json.write_text(json.dumps({**files, **found}, indent=1) + "\n", encoding="utf-8")
     return found["exit"]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run("bench.compare", main))

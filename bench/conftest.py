@@ -8,6 +8,7 @@ Nothing here acts where no benchmark has run.
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from bench import machine, turns
 
-SCHEMA, KIND, WIDTH = 1, "make bench", 160
+SCHEMA, KIND, WIDTH = 1, "make bench", 120
 ORDER = ("test_attack", "test_steps", "test_end_to_end", "test_evaluation", "test_data", "test_kernels")
 FOLDER = Path(__file__).parent
 # Of the first table: their peers are the naive code and its second rung.
@@ -36,6 +37,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ENTRIES], config.stash[FAILED] = [], []
+    # A job's limit says SIGTERM: what was measured until then is kept, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # pytest-benchmark opens the file after all benchmarks have run: too late to learn that there is no such folder.
     if path := config.getoption("benchmark_json", None):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +120,8 @@ def show(entries: list[Entry], settings: Entry, environment: Entry, console: Con
     if main:
         console.print(_main_table(main, size))
         console.print(
-            "ms: median (least to greatest) of the rounds; ratios: of each round, in which all took a turn. of matmul: ours, in "
-            "FLOPs that the algorithm needs, as a share of this machine's matmul ceiling in that precision.\n"
+            "ms: medians of the rounds; ratios: of each round, in which all took a turn, median (least to greatest). of matmul: "
+            "ours, in FLOPs that the algorithm needs, as a share of this machine's matmul ceiling in that precision.\n"
         )
     others = [(entry, names) for entry in entries if (names := _peers(entry, beside_rungs=entry in main)) or entry not in main]
     if others:
@@ -135,7 +138,7 @@ def _main_table(entries: list[Entry], size: str) -> Table:
         info = entry["extra_info"]
         share = info.get(f"share_of_{info['precision']}_matmul")
         table.add_row(
-            entry["group"], info["precision"], *(_ms_of(info, peer) for peer in RUNGS), _our_ms(entry),
+            entry["group"], info["precision"], *(_number(info[f"{peer}_median_s"]) for peer in RUNGS), _number(entry["median"]),
             *(_ratio_of(info, peer) for peer in RUNGS), "" if share is None else f"{share:.0%}",
         )  # fmt: skip
     return table
@@ -179,6 +182,8 @@ def _notes(entries: Iterable[Entry]) -> Iterator[str]:
         if "robust_percent" in info:
             told = ", ".join(f"{name} {percent:.1f}" for name, percent in info["robust_percent"].items())
             yield f"{entry['group']}: robust %: {told} (clean {info['clean_percent']:.1f})"
+        if "runs_as" in info:
+            yield info["runs_as"]
         for key in ("loader_transforms", "naive_transforms", "loader"):
             if key in info:
                 yield f"{entry['group']}: {key.replace('_', ' ')}: {info[key]}"
@@ -186,9 +191,12 @@ def _notes(entries: Iterable[Entry]) -> Iterator[str]:
             yield f"{entry['group']}: left out: {name}: {reason}"
 
 
+def _number(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def _ms(median: float, low: float, high: float) -> str:
-    median, low, high = (f"{1e3 * s:.0f}" if s >= 0.1 else f"{1e3 * s:.3g}" for s in (median, low, high))
-    return f"{median} ({low} to {high})"
+    return f"{_number(median)} ({_number(low)} to {_number(high)})"
 
 
 def _our_ms(entry: Entry) -> str:

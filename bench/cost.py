@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import cases
+from bench import cases, program
 from bench.cost_count import Counter, count_step
 from fastanchor import environment
 from fastanchor.ceilings import copy_bandwidth, matmul_rate
@@ -263,4 +263,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run("bench.cost", main))

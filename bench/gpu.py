@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import traceback
@@ -37,12 +36,14 @@ from bench import (
     gpu_tables,
     gpu_training,
     machine,
+    program,
 )  # fmt: skip
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.peers.clones import recognise_all
 from bench.results import OutOfTime, Results, time_box
 from fastanchor import environment
 from fastanchor.ceilings import matmul_rate
+from fastanchor.data import sources
 from fastanchor.errors import UserError
 
 # With less left no other process is begun.
@@ -79,7 +80,7 @@ def run_apart(bench: Bench, part: str, names: list[str], folder: str, options: l
     ]  # fmt: skip
     try:
         # Its failed results are results; what it prints at its end would hide this run's tables.
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=bench.left(), check=False).returncode
+        code = program.child(command, bench.left())
         if code not in (0, 1):
             bench.results.add(part, "the process", error=f"{' '.join(command)} ended with {code}")
     except subprocess.TimeoutExpired as error:
@@ -102,7 +103,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "steps": (gpu_steps.run, 190),
     "supcon_speed": (gpu_supcon_speed.run, 60),
     "small": (gpu_small.run, 20),
-    "data": (gpu_data.run, 50),
+    "data": (gpu_data.run, 60),
     "peers": (gpu_peers.run, 60),
     "benchmark": (run_benchmark, 60),
     "convs": (gpu_convs.run, 55),
@@ -169,7 +170,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cudnn-benchmark", action="store_true", help="run all of it under cudnn.benchmark")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: a check of this program")
     args = parser.parse_args(arguments)
-    args.only = args.only.split(",") if args.only else list(PARTS)
+    args.only = list(PARTS) if args.only is None else list(dict.fromkeys(args.only.split(",")))
     if unknown := [name for name in args.only if name not in PARTS]:
         parser.error(f"--only {unknown[0]}: must be of {', '.join(PARTS)}")
     try:
@@ -178,15 +179,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--batches {args.batches}: must be whole numbers with commas between")
     if min(args.batches) < 2:
         parser.error(f"--batches {min(args.batches)}: must be at least 2")
+    if not args.budget > 0:
+        parser.error(f"--budget {args.budget:g}: must be > 0")
     try:
         recognise_all(args.peer_path)
+        environment.pick_device(args.device)
+        if args.data != "synthetic":
+            sources.load(args.data, limit=40)  # what is not there is said now, not after minutes
     except UserError as error:
         parser.error(str(error))
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns how many results are failures."""
+    """Command line; returns how many results are failures. Raises UserError for a folder that no run can be written to."""
     args = parse(arguments)
     device = environment.pick_device(args.device)
     # Of a path only what is recognised in it: results are there to be shown.
@@ -206,11 +212,9 @@ def main(arguments: list[str] | None = None) -> int:
         gpu_tables.show(results, Console(width=170, highlight=False))
         with (args.out / "tables.txt").open("w", encoding="utf-8") as file:
             gpu_tables.show(results, Console(width=170, file=file))
-    print(f"{results.whole} and {results.lines.name}: {len(results.found['results'])} results", flush=True)
+        print(f"{results.whole} and {results.lines.name}: {len(results.found['results'])} results", flush=True)
     return sum("error" in row for row in results.found["results"])
 
 
 if __name__ == "__main__":
-    # An order to end is obeyed with the tables printed, as ctrl-C is.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(min(main(), 1))
+    sys.exit(program.run("bench.gpu", lambda: min(main(), 1)))

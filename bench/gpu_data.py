@@ -29,18 +29,24 @@ METHOD, HOW = "PGD-AT", "feeding the step"
 CEILING, PUBLIC = "synthetic: one batch again", "DataLoader, 0 workers"
 ALONE, WITHIN = "the step alone", "resident, within the step"
 # A batch size takes about this long, with the capture of its two steps; with less left it is not begun.
-BATCH_SECONDS = 18.0
+BATCH_SECONDS = 25.0
 # A turn takes as many batches as fill so many seconds, within the bounds.
 TURN_SECONDS, MOST = 0.12, 200
-# Untimed at the beginning of a turn, after what the workers had ready is gone.
+# Untimed at the beginning of a turn, after what the workers had ready is gone; for each worker one where there are more.
 LEAD = 2
+# Workers that begin together deliver together: a turn has whole cycles of them, at least so many.
+CYCLES = 2
 
 
 class Feed(NamedTuple):
-    """Where a step's inputs come from. take: the next ones. ready: how many of them workers may have waiting."""
+    """Where a step's inputs come from. take: the next ones. workers: that make them, each with READY of them waiting at most."""
 
     take: Callable[[], tuple[Tensor, ...]]
-    ready: int = 0
+    workers: int = 0
+
+
+# torch's default of a DataLoader's prefetch_factor.
+READY = 2
 
 
 def run(bench: Bench) -> None:
@@ -62,9 +68,9 @@ def _measure(bench: Bench, source: data_cases.Source, stack: contextlib.ExitStac
     on_views, on_indices = _steps(bench, source, data)
     notes = {}
     feeds = {CEILING: Feed(_endless(stack.enter_context(data_cases.synthetic(source))))}
-    for name, (make, ready, note) in _pipelines(bench, source).items():
+    for name, (make, workers, note) in _pipelines(bench, source).items():
         with bench.results.entry(PART, name, batch=source.batch):
-            feed = Feed(_endless(stack.enter_context(make(source))), ready)
+            feed = Feed(_endless(stack.enter_context(make(source))), workers)
             feed.take()
             feeds[name], notes[name] = feed, note
     times = _take_turns(bench, {name: (feed, _nothing) for name, feed in feeds.items()})
@@ -85,7 +91,7 @@ def _measure(bench: Bench, source: data_cases.Source, stack: contextlib.ExitStac
 
 
 def _pipelines(bench: Bench, source: data_cases.Source) -> dict[str, tuple[Callable, int, dict]]:
-    """(what makes it, batches that may be ready, what the row says besides) by name."""
+    """(what makes it, its workers, what the row says besides) by name."""
     made: dict[str, tuple[Callable, int, dict]] = {}
     fused, reason = operators.decide("augment", "auto", source.device)
     if fused:
@@ -96,9 +102,8 @@ def _pipelines(bench: Bench, source: data_cases.Source) -> dict[str, tuple[Calla
     made["resident, plain torch"] = functools.partial(data_cases.resident, kernels="off"), 0, {}
     _, whose = data_cases.public_transform(bench.pixels)
     for workers in (0, 2) if bench.quick else (0, 8):
-        # A loader's worker has two batches ready, torch's default.
         make = functools.partial(data_cases.loader, workers=workers)
-        made[f"DataLoader, {workers} workers"] = make, 2 * workers, {"transforms": whose}
+        made[f"DataLoader, {workers} workers"] = make, workers, {"transforms": whose}
     return made
 
 
@@ -151,8 +156,10 @@ def _take_turns(bench: Bench, pairs: dict[str, tuple[Feed, Callable]]) -> dict[s
     found: dict[str, list[float]] = {name: [] for name in pairs}
     counts: dict[str, int] = {}
     for name, (feed, use) in pairs.items():
-        once = _turn(bench, feed, use, 1)
-        counts[name] = 1 if bench.quick else max(1, min(MOST, math.ceil(TURN_SECONDS / max(once, 1e-6))))
+        cycle = max(1, feed.workers)
+        once = _turn(bench, feed, use, cycle)
+        cycles = max(1 if cycle == 1 else CYCLES, math.ceil(TURN_SECONDS / max(once, 1e-6) / cycle))
+        counts[name] = cycle * (1 if bench.quick else min(MOST, cycles))
     for _ in range(bench.rounds):
         for name, (feed, use) in pairs.items():
             found[name].append(_turn(bench, feed, use, counts[name]))
@@ -160,9 +167,9 @@ def _take_turns(bench: Bench, pairs: dict[str, tuple[Feed, Callable]]) -> dict[s
 
 
 def _turn(bench: Bench, feed: Feed, use: Callable, count: int) -> float:
-    for _ in range(feed.ready):
+    for _ in range(READY * feed.workers):
         feed.take()
-    for _ in range(LEAD):
+    for _ in range(max(LEAD, feed.workers)):
         use(*feed.take())
     return seconds(lambda: use(*feed.take()), bench.device, count)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import cases, machine, naive
+from bench import cases, machine, naive, program
 from bench.timing import Call, interleaved, summary
 from fastanchor import environment
 from fastanchor.attacks import PGD
 from fastanchor.data import views
+from fastanchor.errors import UserError
+from fastanchor.files import make_place, write_text
 from fastanchor.graphs import Captured, shared_pool
 
 SECOND_RUNG = "naive, bf16 autocast + channels-last"
@@ -53,7 +56,7 @@ def attack_rungs(width: int, images_u8: Tensor, labels: Tensor, steps: int, with
     def plain(channels_last: bool, bf16: bool) -> Call:
         model = cases.make_model(width, device, channels_last=channels_last)
         given = (images, noise) if channels_last else (planar, noise.contiguous())
-        return lambda: naive.attack(model, given[0], labels, given[1], bf16=bf16, **numbers)
+        return cases.make_naive_attack(model, given[0], labels, given[1], steps, bf16=bf16)
 
     def engine(backend: str, precision: str = "fp32", channels_last: bool = True) -> Call:
         model = cases.make_model(width, device, channels_last=channels_last)
@@ -163,20 +166,18 @@ def make_judge(width: int, images: Tensor, labels: Tensor) -> Callable[[Tensor],
     return lambda x_adv: loss(x_adv) - clean
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[dict]]:
-    """All ladders that were asked for, by title."""
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, list[dict]]]:
+    """All ladders that were asked for, one after the other: title and rows."""
     images_u8, labels = cases.make_batch(args.batch, args.pixels, device)
-    found = {}
     if args.only != "step":
         judge = make_judge(args.width, views.to_float(images_u8), labels)
         rungs = attack_rungs(args.width, images_u8, labels, args.steps, args.compile)
-        found[f"attack alone, PGD-{args.steps}"] = climb(rungs, judge, device, args.rounds)
+        yield f"attack alone, PGD-{args.steps}", climb(rungs, judge, device, args.rounds)
     if args.only != "attack":
         judge = make_judge(args.width, views.augment(images_u8, "crop_flip", torch.Generator(device).manual_seed(0)), labels)
         for method, hsc in cases.METHODS.items():
             rungs = step_rungs(args.width, images_u8, labels, args.train_steps, hsc, args.compile)
-            found[f"whole training step, {method}, PGD-{args.train_steps}"] = climb(rungs, judge, device, args.rounds)
-    return found
+            yield f"whole training step, {method}, PGD-{args.train_steps}", climb(rungs, judge, device, args.rounds)
 
 
 def table(title: str, rows: list[dict]) -> Table:
@@ -195,8 +196,8 @@ def table(title: str, rows: list[dict]) -> Table:
     return made
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 0, or 2 with one sentence for bad input."""
     parser = argparse.ArgumentParser(prog="python -m bench.ladder", description=__doc__.split("\n\n")[0])
     for name, default, text in (
         ("width", 32, "channels of the ResNet-18's first stage"),
@@ -213,27 +214,46 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="threads on a CPU (default: torch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     args = parser.parse_args(arguments)
+    # BatchNorm needs more than one value a channel, the network some pixels.
+    for name, least in (
+        ("width", 1),
+        ("batch", 2),
+        ("pixels", 8),
+        ("steps", 1),
+        ("train_steps", 1),
+        ("rounds", 1),
+        ("threads", 1),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    device = environment.pick_device(args.device)
+    try:
+        device = environment.pick_device(args.device)
+        if args.json:
+            make_place(args.json)
+    except UserError as error:
+        print(f"bench.ladder: {error}", file=sys.stderr)
+        return 2
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    ladders = measure(args, device)
     settings = {key: value for key, value in vars(args).items() if key != "json"}
     where = f"{environment.device_name(device)}, torch {torch.__version__}"
     console = Console(width=150)
-    for title, rows in ladders.items():
+    ladders: dict[str, list[dict]] = {}
+    for title, rows in measure(args, device):
+        ladders[title] = rows
         console.print(table(title, rows))
+        if args.json:  # after each, so that a kill loses one at most
+            head = {"schema": 1, "kind": "bench.ladder", "started": started, "environment": machine.describe(device)}
+            write_text(args.json, json.dumps({**head, "settings": settings, "ladders": ladders}, indent=1) + "\n")
     console.print(
         f"{where}; ResNet-18 of width {args.width}, batch {args.batch}, {args.rounds} interleaved rounds, medians. "
         f"differing pixels: x_adv beside the naive one, from one start noise; loss raised by: the fp32 model's, by x_adv.",
         highlight=False,
     )
-    if args.json:
-        head = {"schema": 1, "kind": "bench.ladder", "started": started, "environment": machine.describe(device)}
-        found = {**head, "settings": settings, "ladders": ladders}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program.run("bench.ladder", main))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bench import plot_labels
 from fastanchor.evaluate import figures
 from fastanchor.evaluate.figures import GRID, INK, LIGHT, MUTED
+from fastanchor.files import make_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,7 +258,7 @@ def number(value: float) -> str:
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write STEM.svg and STEM.png, within `style()`; the same bytes for the same figure."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(stem.parent)
     svg, png = (stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png"))
     figure.savefig(svg, format="svg", metadata={"Date": None})
     # Where the font is missing a browser would take one with serifs.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import plot_draw, plot_read
+from bench import plot_draw, plot_read, program
 from bench.gpu_common import CIFAR_IMAGES
 from bench.plot_draw import Dot, Line, Panel
 from bench.plot_read import Row, Run
@@ -164,7 +164,7 @@ def epochs(run: Run) -> Found:
         size = f"{_size(run)}, batch {_listed(row['batch'] for row in rows)}"
         rounds = _rounds(row for row in rows if "rounds" in row)
     elif run.kind == "make bench":
-        panels, size = list(_bench_epochs(run)), _size(run)
+        panels, size = list(_bench_epochs(run)), _size(run).rpartition(", ")[0]  # the steps are in the titles
         rounds = _rounds(entry["stats"] for entry in naive_entries(run))
         if not panels:
             yield f"{run.path}: no seconds an epoch: the file does not say how many images a step had"
@@ -176,7 +176,7 @@ def epochs(run: Run) -> Found:
         return
     title = f"Seconds an epoch of {CIFAR_IMAGES:,} images"
     every = [name for panel in panels for name in panel.rows]
-    notes = ["extrapolated from the time of a step"]
+    notes = ["extrapolated from the time of a step" + (", or a short epoch" if run.kind == "make bench" else "")]
     notes += ["timed epochs are scaled to that many images"] if any(name.startswith("timed epoch") for name in every) else []
     if any(name.startswith("predicted") for name in every):
         notes += ["hollow: PREDICTED by bench.cost from this run's ceilings, not measured; dotted: its two bounds"]
@@ -198,7 +198,11 @@ def _peer_epochs(run: Run) -> Found:
         panels.setdefault(title, {})["its own code" if own else row["name"]] = [dot]
     title = f"Seconds an epoch of {CIFAR_IMAGES:,} images, beside public code"
     size = f"ResNet-18 of width {_listed(row['width'] for row in rows if 'width' in row)}"
-    notes = "extrapolated from the time of a batch", "hollow: public code; each panel in turns with its peer in one process"
+    notes = (
+        "extrapolated from the time of a batch",
+        "hollow: public code, on prepared batches where no loader is named; ours augments its own",
+        "what stands in one panel took turns in one process",
+    )
     caption = run.caption(size, WHISKERS.format(rounds=_rounds(rows)), *notes)
     made = [Panel(title, rows) for title, rows in panels.items()]
     yield "epochs-peers", title, plot_draw.dots(made, title=title, xlabel="seconds an epoch", caption=caption)
@@ -223,23 +227,21 @@ def _epoch_dot(row: Row) -> Dot:
 
 
 def _bench_epochs(run: Run) -> Iterator[Panel]:
-    panels: dict[str, dict[str, list[Dot]]] = {}
+    """A panel for each entry: only what took turns with each other stands side by side."""
     for entry in naive_entries(run):
         info, stats = entry["extra_info"], entry["stats"]
         images = info.get("images", run.sizes.get("batch"))
         if entry["name"].startswith("test_attack") or images is None:
             continue
-        scale, rows = CIFAR_IMAGES / images, panels.setdefault(entry["group"] or entry["name"], {})
+        scale, rows = CIFAR_IMAGES / images, {}
         for key, seconds in info.items():
             if key.endswith("_median_s"):
                 peer = key.removesuffix("_median_s")
                 span = [scale * s for s in info.get(f"{peer}_range_s", ())]
-                rows.setdefault("naive, fp32" if peer == "naive" else peer_name(peer), [Dot(scale * seconds, *span)])
-        rows[f"engine, {precision_of(entry)}"] = [Dot(*(scale * stats[key] for key in ("median", "min", "max")))]
-    yield from (
-        Panel(title, dict(sorted(rows.items(), key=lambda x: (x[0].startswith("engine"), "bf16" in x[0]))))
-        for title, rows in panels.items()
-    )
+                rows["naive, fp32" if peer == "naive" else peer_name(peer)] = [Dot(scale * seconds, *span)]
+        ordered = dict(sorted(rows.items(), key=lambda row: "bf16" in row[0]))
+        engine = {f"engine, {precision_of(entry)}": [Dot(*(scale * stats[key] for key in ("median", "min", "max")))]}
+        yield Panel(f"{entry['group'] or entry['name']}: in turns with the engine in {precision_of(entry)}", ordered | engine)
 
 
 # --- in words ------------------------------------------------------------------------------------------------------------------
@@ -282,11 +284,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{made.title}: {', '.join(map(str, paths))}")
             for line in missing or ([] if figures else [f"{run.path}: {run.kind} has no figures"]):
                 print(line, file=sys.stderr)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"bench.plots: {error}", file=sys.stderr)
         return 2
     return 0 if drawn else 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run("bench.plots", main))

@@ -9,7 +9,7 @@ there whole, or not at all, and none is ever overwritten. Exit status 0, or 2 wi
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
 import json
 import os
 import platform
@@ -22,9 +22,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from bench import plot_read, plots, record_text, schema
+from bench import plot_read, plots, program, record_text, schema
 from bench.plot_read import Run
 from fastanchor.errors import UserError
+from fastanchor.files import make_folder
 
 RECORDS = Path(__file__).parent / "records"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -48,16 +49,18 @@ def make(
     target = into / f"{_date(runs, day)}_{name}"
     if os.path.lexists(target):
         raise UserError(f"{target}: there is such a record already, and none is overwritten")
-    into.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".record-", dir=into))
+    make_folder(into)
+    building = None
     try:
+        building = Path(tempfile.mkdtemp(prefix=".record-", dir=into))
         _write(building, name, runs, logs, note)
         building.chmod(0o755)  # mkdtemp's is for its owner alone
         building.rename(target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if building is not None:
+            shutil.rmtree(building, ignore_errors=True)
     return target
 
 
@@ -105,29 +108,38 @@ def _date(runs: Sequence[Run], day: str | None) -> str:
         raise UserError(f"{chosen!r} is no date: must be YYYY-MM-DD") from None
 
 
-def _write(folder: Path, name: str, runs: Sequence[Run], logs: Sequence[Path], note: str) -> None:
-    """Copies, figures and README.md into an empty folder."""
-    nodes = [platform.node(), *(run.found.get("machine_info", {}).get("node") for run in runs)]
-    # A name that is a plain word tells nothing, and may be a word of the log.
-    hosts = sorted({node for node in nodes if node and not node.isalpha()}, key=len, reverse=True)
+def _hosts(runs: Sequence[Run]) -> list[str]:
+    """Names of hosts that are taken out: this machine's, and those that the files give in `machine_info.node`.
+
+    A name of letters alone, such as "vm", is kept: it tells nothing, and may be a word of a log.
+    """
+    nodes = {platform.node(), *(run.found.get("machine_info", {}).get("node") for run in runs)}
+    return sorted((node for node in nodes if node and not node.isalpha()), key=len, reverse=True)
+
+
+def _write(folder: Path, name: str, given: Sequence[Run], logs: Sequence[Path], note: str) -> None:
+    """Copies, figures and README.md into an empty folder: all of them from what is public of the runs."""
+    hosts = _hosts(given)
     changed: list[str] = []
-    for run in runs:
-        found = record_text.public_json(_without_node(run.found))
-        schema.validate(found)
-        if "node" in run.found.get("machine_info", {}):
+    runs = []
+    for run in given:
+        info = run.found.get("machine_info")
+        found = {**run.found, "machine_info": {k: v for k, v in info.items() if k != "node"}} if info else run.found
+        if info and "node" in info:
             changed.append(f"`{run.path.name}`: the host's name (`machine_info.node`) is taken out.")
-        if found != _without_node(run.found):
-            changed.append(f"`{run.path.name}`: absolute paths are cut to their last part.")
-        (folder / run.path.name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        kept = record_text.public(found, hosts)
+        schema.validate(kept)
+        changed += _told(run.path.name, found, hosts)
+        said = {key: record_text.public(value, hosts) for key, value in vars(run).items() if key not in ("path", "found")}
+        runs.append(dataclasses.replace(run, found=kept, **said))
+        (folder / run.path.name).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for log in logs:
         try:
             text = log.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"{log}: cannot be read ({error.strerror})") from None
-        kept = record_text.public(text, hosts)
-        if kept != text:
-            changed.append(f"`{log.name}`: absolute paths are cut to their last part, the host's name is replaced.")
-        (folder / log.name).write_text(kept, encoding="utf-8")
+        changed += _told(log.name, text, hosts)
+        (folder / log.name).write_text(record_text.public(text, hosts), encoding="utf-8")
     figures: dict[str, list[tuple[str, str]]] = {}
     missing: list[str] = []
     for run in runs:
@@ -138,15 +150,17 @@ def _write(folder: Path, name: str, runs: Sequence[Run], logs: Sequence[Path], n
                     path.unlink()
             figures.setdefault(run.path.name, []).append((made.title, paths[0].name))
         missing += [line.replace(str(run.path), f"`{run.path.name}`") for line in lacking]
+    note = record_text.public(note, hosts)
     text = record_text.readme(name.replace("-", " "), runs, figures, missing, [log.name for log in logs], note, changed)
     (folder / README).write_text(text, encoding="utf-8")
 
 
-def _without_node(found: dict[str, Any]) -> dict[str, Any]:
-    kept = copy.deepcopy(found)
-    if isinstance(kept.get("machine_info"), dict):
-        kept["machine_info"].pop("node", None)
-    return kept
+def _told(name: str, value: Any, hosts: Sequence[str]) -> list[str]:
+    """What `public` alters in a file, as a sentence; none where that is nothing."""
+    without_paths = record_text.public(value)
+    said = ["absolute paths are cut to their last part"] if without_paths != value else []
+    said += ["the host's name is replaced"] if record_text.public(value, hosts) != without_paths else []
+    return [f"`{name}`: {', '.join(said)}."] if said else []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.record", description=__doc__.split("\n\n")[0])
     parser.add_argument("name", metavar="NAME", help="of the record, after the date: h100-attack")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON that bench/ wrote")
-    parser.add_argument("--log", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="raw logs, kept beside them")
+    parser.add_argument(
+        "--log", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="raw logs, kept beside them"
+    )
     parser.add_argument("--note", default="", metavar="TEXT", help="what a reader should know; stands at the top of the README")
     parser.add_argument("--into", type=Path, default=RECORDS, metavar="DIR", help="default: bench/records")
     parser.add_argument(
@@ -174,4 +190,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run("bench.record", main))

@@ -13,8 +13,9 @@ from typing import Any
 from bench.compare import IDENTITY
 from bench.plot_read import AHEAD_OF_TIME, Row, Run
 
-# A path from the root of two parts or more: only its last part says something elsewhere.
-ABSOLUTE = re.compile(r"(?<![\w.:/])(?:/[^\s/'\":,;)\]]+){2,}/?")
+# A path from the root of two parts or more: only its last part says something elsewhere. Behind a letter it is part of a relative
+# path, but a person's folder is one behind anything, as in -I/home/jo/x. Addresses stay whole.
+ABSOLUTE = re.compile(r"https?://[^\s'\",;)\]]+|(?P<path>(?:(?<![\w.:/])|(?=/(?:home|Users)/))(?:/[^\s/'\":,;)\]]+){2,}/?)")
 HOME = re.compile(r"/(?:home|Users)/[^/]+/?")  # its last part is a person
 # Titles of the parts, as far as they are known.
 PARTS = {
@@ -28,36 +29,42 @@ PARTS = {
 JUDGED = ("correctness", "supcon")
 
 
-def public(text: str, hosts: Sequence[str] = ()) -> str:
-    """`text` with absolute paths cut to their last part, and the names of hosts replaced."""
-    text = ABSOLUTE.sub(lambda found: "~" if HOME.fullmatch(found[0]) else found[0].rstrip("/").rpartition("/")[2], text)
+def public(value: Any, hosts: Sequence[str] = ()) -> Any:
+    """A text, or every text of a JSON value but its keys: absolute paths cut to their last part, names of hosts replaced."""
+    if isinstance(value, list):
+        return [public(item, hosts) for item in value]
+    if isinstance(value, dict):
+        return {key: public(item, hosts) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    text = ABSOLUTE.sub(_shortened, value)
     for host in hosts:
         text = re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", "HOST", text)
     return text
 
 
-def public_json(value: Any) -> Any:
-    """The same, without hosts, for every string of a JSON value; its keys are left alone."""
-    if isinstance(value, str):
-        return public(value)
-    if isinstance(value, list):
-        return [public_json(item) for item in value]
-    return {key: public_json(item) for key, item in value.items()} if isinstance(value, dict) else value
+def _shortened(found: re.Match[str]) -> str:
+    if found["path"] is None:
+        return found[0]
+    return "~" if HOME.fullmatch(found["path"]) else found["path"].rstrip("/").rpartition("/")[2]
 
 
 def readme(
     title: str, runs: Sequence[Run], figures: dict[str, list[tuple[str, str]]], missing: Sequence[str], logs: Sequence[str],
     note: str, changed: Sequence[str],
 ) -> str:  # fmt: skip
-    """The whole text. figures: (title, file) by the name of the file they are of; missing: what could not be drawn, in
-    sentences; changed: what was altered in the copies, in sentences."""
+    """The whole text; runs and note are `public` already.
+
+    figures: (title, file) by the name of the file they are of; missing: what could not be drawn, in sentences; changed: what was
+    altered in the copies, in sentences.
+    """
     lines = [f"# {title}", "", _device(runs), ""]
     if note:
-        lines += [public(note), ""]
+        lines += [note, ""]
     lines += ["| file | of | commit | versions | command |", "|---|---|---|---|---|"]
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-        command = f"`{public(run.command)}`" if run.command else ""
+        command = f"`{run.command}`" if run.command else ""
         lines.append(f"| `{run.path.name}` | {run.kind} | {run.commit or 'not in the file'} | {versions} | {command} |")
     lines += ["", *(f"Log: `{name}`." for name in logs), *([""] if logs else [])]
     dirty = sorted({run.commit for run in runs if run.commit and run.commit.endswith("+")})
@@ -200,7 +207,7 @@ def _about_peers(rows: Sequence[Row]) -> Iterator[str]:
         if "url" in row:
             said = [f"{row['url']} at {row['commit'] or 'an unknown commit'}", *([row["warning"]] if "warning" in row else [])]
         if said:
-            yield f"* {row['name']}: {public('; '.join(said))}"
+            yield f"* {row['name']}: {'; '.join(said)}"
     yield ""
 
 
@@ -217,10 +224,10 @@ def _not_measured(rows: Sequence[Row]) -> Iterator[str]:
         if "left_out" in row:
             reasons.setdefault(row["left_out"], []).append(row["name"])
     for reason, names in reasons.items():
-        yield from [f"Left out: {', '.join(dict.fromkeys(names))}: {public(reason)}.", ""]
+        yield from [f"Left out: {', '.join(dict.fromkeys(names))}: {reason}.", ""]
     for row in rows:
         if "error" in row:
-            yield from [f"FAILED: {row['name']}: {public(row['error'].strip().splitlines()[-1])[:300]}", ""]
+            yield from [f"FAILED: {row['name']}: {row['error'].strip().splitlines()[-1][:300]}", ""]
 
 
 # --- the others ----------------------------------------------------------------------------------------------------------------
@@ -251,7 +258,7 @@ def _bench(run: Run) -> Iterator[str]:
     left_out = {
         f"{name}: {why}" for entry in run.found["benchmarks"] for name, why in (entry["extra_info"].get("left_out") or {}).items()
     }
-    yield from (line for text in sorted(left_out) for line in (f"Left out: {public(text)}.", ""))
+    yield from (line for text in sorted(left_out) for line in (f"Left out: {text}.", ""))
     failed = run.found.get("fastanchor", {}).get("failed") or []
     yield from (line for name in failed for line in (f"FAILED: {name}", ""))
 
@@ -285,10 +292,10 @@ def _aot(run: Run) -> Iterator[str]:
 
 def _comparison(run: Run) -> Iterator[str]:
     found = run.found
-    files = [public(found.get(side, "?")) for side in "ab"]
+    files = [found.get(side, "?") for side in "ab"]
     yield from [f"`{files[1]}` (B) beside `{files[0]}` (A), files of {found['kind']}. Exit status {found['exit']}.", ""]
     if found["differs"]:
-        yield from [f"Between the environments: {public(json.dumps(found['differs']))}.", ""]
+        yield from [f"Between the environments: {json.dumps(found['differs'])}.", ""]
     rows = [row for row in found["rows"] if row["verdict"]]
     yield from [f"{len(found['rows'])} timings; {len(rows)} past {found['slowdown']:g}:", ""]
     lines = [
@@ -297,4 +304,4 @@ def _comparison(run: Run) -> Iterator[str]:
         for row in rows
     ]  # fmt: skip
     yield from table(["part", "what", "time of", "A ms", "B ms", "B / A", ""], lines)
-    yield from (line for text in found["turned_bad"] for line in (f"BAD: {public(text)}", ""))
+    yield from (line for text in found["turned_bad"] for line in (f"BAD: {text}", ""))

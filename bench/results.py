@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastanchor.errors import UserError
+from fastanchor.files import make_folder
+
 SCHEMA = 1
 # A signal that arrives while torch cannot be interrupted is lost; it is sent again after this many seconds.
 AGAIN = 5.0
@@ -29,13 +32,16 @@ class Results:
     """`folder/STEM.jsonl`, a line a result, and `folder/STEM.json`: {"schema", "kind", "started", "settings", "parts",
     "results"}.
 
-    kind: the program that writes them, such as "bench.gpu"; STEM is what follows the dot.
+    kind: the program that writes them, such as "bench.gpu"; STEM is what follows the dot. Raises UserError for a folder that
+    holds such a run, or cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, kind: str = "bench.gpu"):
-        folder.mkdir(parents=True, exist_ok=True)
         stem = kind.rpartition(".")[2]
         self.lines, self.whole = folder / f"{stem}.jsonl", folder / f"{stem}.json"
+        if self.whole.exists():
+            raise UserError(f"{self.whole} holds a run already, and none is overwritten: give another --out, or take it away")
+        make_folder(folder)
         self.started = time.perf_counter()
         head = {"schema": SCHEMA, "kind": kind, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.found: dict[str, Any] = {**head, "settings": settings, "parts": {}, "results": []}

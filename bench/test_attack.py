@@ -9,7 +9,7 @@ import functools
 
 import pytest
 
-from bench import cases, naive
+from bench import cases
 from bench.turns import CPU, not_installed, take_turns
 from fastanchor.attacks import PGD
 from fastanchor.data import views
@@ -27,7 +27,7 @@ def test_attack(benchmark, sizes, precision):
     def peer(second_rung):
         model = cases.make_model(sizes.width, CPU, channels_last=second_rung)
         given, start = (images, noise) if second_rung else (images.contiguous(), noise.contiguous())
-        return functools.partial(naive.attack, model, given, labels, start, bf16=second_rung, **numbers)
+        return cases.make_naive_attack(model, given, labels, start, sizes.steps, bf16=second_rung)
 
     peers = {"naive": peer(False), "second_rung": peer(True)}
     left_out = not_installed(torchattacks="torchattacks")

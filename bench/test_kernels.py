@@ -18,7 +18,7 @@ from fastanchor.data import views
 from fastanchor.losses import HardSupConLoss, SupConLoss
 from fastanchor.ops import images as operators
 
-PLAIN = "plain PyTorch: the Triton kernels need a GPU"
+PLAIN = "contrastive loss, attack update and augmentation run as plain PyTorch: the Triton kernels need a GPU"
 BATCH = 128
 # SupContrast scales by temperature / base temperature.
 SCALE = losses.TEMPERATURE / 0.07
@@ -33,7 +33,8 @@ def _embeddings(rows: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("n, d", [(256, 128), (1024, 128)])
 def test_loss(benchmark, sizes, n, d, kind):
     """hard: the peers compute another function, SupCon with uniform weights. uniform: the same one."""
-    benchmark.group = f"contrastive loss, forward and backward, N {n}, D {d} ({PLAIN})"
+    benchmark.group = f"contrastive loss, forward and backward, N {n}, D {d}"
+    benchmark.extra_info["runs_as"] = PLAIN
     embeddings, labels = _embeddings(n, d)
     ours = {"hard": HardSupConLoss, "uniform": SupConLoss}[kind](temperature=losses.TEMPERATURE)
     functions = {"dense_supcon": losses.supcontrast}
@@ -63,7 +64,8 @@ def test_loss(benchmark, sizes, n, d, kind):
 
 def test_attack_update(benchmark, sizes):
     """The signed step and its projection: one kernel on a GPU."""
-    benchmark.group = f"attack update ({PLAIN})"
+    benchmark.group = "attack update"
+    benchmark.extra_info["runs_as"] = PLAIN
     images = views.to_float(cases.make_batch(BATCH, sizes.pixels, CPU)[0])
     noise = cases.make_noise(images)
     gradient = torch.empty_like(images).copy_(torch.randn(images.shape, generator=torch.Generator().manual_seed(2)))
@@ -85,7 +87,8 @@ def test_attack_update(benchmark, sizes):
 
 def test_augmentation(benchmark, sizes):
     """Crop and flip of a batch at once, beside public code's: image by image, then stacked."""
-    benchmark.group = f"augmentation ({PLAIN})"
+    benchmark.group = "augmentation"
+    benchmark.extra_info["runs_as"] = PLAIN
     images_u8, _ = cases.make_batch(BATCH, sizes.pixels, CPU)
     generator = torch.Generator().manual_seed(0)
     transform, benchmark.extra_info["naive_transforms"] = data_cases.public_transform(sizes.pixels)

@@ -29,9 +29,11 @@ import torch
 from fastanchor.kernels import config, limits, supcon_launch, supcon_pairs
 from fastanchor.kernels.config import Row, Tile
 
-from bench import aot, cold
+from bench import aot, cold, program
 from bench import supcon_cases as cases
 from bench.timing import Call, interleaved, summary
+from fastanchor.errors import UserError
+from fastanchor.files import make_place
 
 KERNELS = ("row_stats", "gradient")
 ROWS, COLUMNS, WARPS, STAGES = (32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
@@ -320,6 +322,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--write would change {TABLE}, but the table in use is {config.__file__}: install this repository first")
     if max(args.d) > limits.MAX_FEATURES:
         parser.error(f"--d {max(args.d)}: the kernels take at most {limits.MAX_FEATURES} features")
+    try:
+        if args.json:
+            make_place(args.json)
+    except UserError as error:
+        parser.exit(2, f"bench.tune: {error}\n")
     return args
 
 
@@ -345,4 +352,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run("bench.tune", main))

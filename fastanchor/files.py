@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
+
+from fastanchor.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -15,6 +18,26 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder with all above it, for what is written later; UserError with the system's reason where no file can be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a folder to write into ({error.strerror or error})") from None
+
+
+def make_place(path: Path) -> None:
+    """The same for one file that is written later: its folder, and that it is none itself. A file that is there stays."""
+    if not os.path.exists(path):
+        make_folder(path.parent)
+    elif os.path.isfile(path) or os.path.isdir(path):  # a pipe's reader would take the opening for the whole
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def slug(text: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from graph_emulator import Emulator
 
-from bench import cases, gpu, gpu_attack, gpu_correctness, gpu_tables, ladder, naive, timing
+from bench import cases, gpu, gpu_attack, gpu_correctness, gpu_tables, ladder, naive, program, timing
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.results import OutOfTime, Results, time_box
 from fastanchor.attacks import engine
@@ -212,7 +212,7 @@ def test_the_run_under_cudnn_benchmark_is_merged_even_when_cut_short(tmp_path, m
     bench = make_bench(tmp_path)
     bench.deadline = time.perf_counter() + 60
 
-    def child(command, timeout, **_):
+    def child(command, timeout):
         assert "--cudnn-benchmark" in command and timeout <= 60
         gpu.parse(command[command.index("bench.gpu") + 1 :])
         lines = tmp_path / "cudnn_benchmark" / "gpu.jsonl"
@@ -220,7 +220,7 @@ def test_the_run_under_cudnn_benchmark_is_merged_even_when_cut_short(tmp_path, m
         lines.write_text('{"part": "attack", "name": "graphed, aten", "at_s": 1, "cudnn_benchmark": true}\n{"part": "att')
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setattr(program, "child", child)
     gpu.run_benchmark(bench)
     assert "timed out" in bench.results.rows("benchmark")[0]["error"]
     (row,) = bench.results.rows("attack")

@@ -318,12 +318,14 @@ def run_file(folder, kind, rows, **settings):
 
 
 def test_peers_files_are_read_too_and_the_peer_tells_rows_apart(tmp_path, capsys):
-    rows = [("peers", "naive, fp32", timed(ms, ms - 0.1, ms + 0.1, peer=peer, batch=8)) for ms, peer in ((1.0, "X"), (2.0, "Y"))]
+    rows = [("peers", "engine, fp32", timed(ms, ms - 0.1, ms + 0.1, peer=peer, batch=8)) for ms, peer in ((1.0, "X"), (2.0, "Y"))]
     a = run_file(tmp_path / "a", "bench.peers", rows, width=8, batch=8)
-    slower = ("peers", "naive, fp32", timed(4.0, 3.9, 4.1, peer="Y", batch=8))
+    slower = ("peers", "engine, fp32", timed(4.0, 3.9, 4.1, peer="Y", batch=8))
     status, found = compared(tmp_path, a, run_file(tmp_path / "b", "bench.peers", [slower, rows[0]], width=8, batch=8))
     assert status == 1 and found["kind"] == "bench.peers"
-    assert {row["name"]: row["ratio"] for row in found["rows"]} == {"naive, fp32 | X, batch 8": 1, "naive, fp32 | Y, batch 8": 2}
+    assert {row["name"]: row["ratio"] for row in found["rows"]} == {
+        "engine, fp32 | X, batch 8": 1, "engine, fp32 | Y, batch 8": 2,
+    }  # fmt: skip
     capsys.readouterr()
     for other, says in (
         (run_file(tmp_path / "wide", "bench.peers", rows, width=16, batch=8), "not time the same work: width 8 and 16"),
@@ -336,6 +338,38 @@ def test_peers_files_are_read_too_and_the_peer_tells_rows_apart(tmp_path, capsys
     del named["kind"]
     (tmp_path / "unnamed.json").write_text(json.dumps(named))
     assert run(tmp_path / "gpu" / "gpu.json", tmp_path / "unnamed.json") == 0
+
+
+def twice_as_slow(rows):
+    """Timed rows (part, name, fields) of another run."""
+    return [
+        (part, name, timed(20.0, 19.0, 21.0, **{k: v for k, v in row.items() if k in ("peer", "batch")}))
+        for part, name, row in rows
+    ]
+
+
+@pytest.mark.parametrize("kind, part", [("bench.peers", "peers"), ("bench.gpu", "peers"), ("bench.gpu", "attack")])
+def test_other_peoples_code_does_not_fail_the_gate(tmp_path, kind, part):
+    """Each in turn is twice as slow: a yardstick, shown and not counted; ours beside it counts."""
+    peer = {"peer": "Repo: train"} if part == "peers" else {}
+    theirs = ["naive, fp32", "second rung (bf16 autocast, channels-last)", *peer.values()]
+    rows = [(part, name, timed(10.0, 9.5, 10.5, batch=8, **peer)) for name in (*theirs, "engine, bf16")]
+    a = run_file(tmp_path / "a", kind, rows)
+    status, found = compared(tmp_path, a, run_file(tmp_path / "b", kind, [*twice_as_slow(rows[:-1]), rows[-1]]))
+    assert status == 0 and [row["verdict"] for row in found["rows"]] == ["yardstick"] * len(theirs) + [""]
+    status, found = compared(tmp_path, a, run_file(tmp_path / "c", kind, [*rows[:-1], *twice_as_slow(rows[-1:])]))
+    assert status == 1 and [row["verdict"] for row in found["rows"]] == [""] * len(theirs) + ["slower"]
+
+
+def test_the_naive_rungs_of_the_ladder_are_yardsticks(tmp_path):
+    found = json.loads((RECORD / "ladder.json").read_text())
+    naive = [row for rows in found["ladders"].values() for row in rows if row["name"].startswith("naive")]
+    for row in naive:
+        row |= {"ms": 2 * row["ms"], "ms_range": [2 * x for x in row["ms_range"]]}
+    (tmp_path / "b.json").write_text(json.dumps(found))
+    status, found = compared(tmp_path, RECORD / "ladder.json", tmp_path / "b.json")
+    assert status == 0 and [row["verdict"] for row in found["rows"] if row["verdict"]] == ["yardstick"] * len(naive)
+    assert len(naive) == 6
 
 
 def test_the_seeds_of_a_speedrun_are_one_timing_with_a_range(tmp_path, capsys):
@@ -379,6 +413,8 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, capsys):
         ((good, good, "--slowdown", "nan"), "must be at least 1"),
         ((good, good, "--slowdown", "inf"), "must be at least 1"),
         ((good, good, "--only", "stepz"), "must be of attack"),
+        ((good, good, "--json", tmp_path / "list.json" / "out.json"), "list.json: cannot be a folder to write into"),
+        ((good, good, "--json", tmp_path), "cannot be written (Is a directory)"),
     ]
     capsys.readouterr()
     for arguments, says in cases:

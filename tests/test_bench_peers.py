@@ -13,6 +13,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bench import cases, gpu_peers, naive
+from bench import cases, gpu_peers, naive, program
 from bench.gpu_common import Bench
 from bench.peers import LOSSES, NAMES, REPOSITORIES, __main__, attacks, losses, measure, tables
 from bench.peers.adapter import Batches, Case, Variant, Work
@@ -30,6 +31,7 @@ from bench.peers.clones import Clone, PeerFailed, Session, cuda_stays_here, othe
 from bench.results import OutOfTime, Results
 from fastanchor.attacks import PGD
 from fastanchor.errors import UserError
+from fastanchor.models import mac_count
 
 CPU = torch.device("cpu")
 NET = """
@@ -693,6 +695,24 @@ def test_our_evaluation_of_one_stage_is_the_peers_verdict():
     assert 0 < expected < 100
 
 
+def test_a_turn_of_several_calls_by_the_peers_own_clock_is_shared_among_them(run):
+    spent = []
+    run.fill = 0.3
+    work = Work(lambda: spent.append(0.1), batches=2, clock=lambda: sum(spent))
+    assert measure.take_turns({"theirs": work}, run)["theirs"] == pytest.approx([0.05] * run.rounds)
+    assert len(spent) == 1 + 3 * run.rounds
+
+
+def test_the_share_of_the_ceiling_is_that_of_a_forward_and_an_input_gradient_a_step(run, monkeypatch):
+    monkeypatch.setitem(attacks.PEERS, "torchattacks", attacks.PEERS["torchattacks"]._replace(
+        needs="json", make=lambda model, steps: lambda images, labels: model(images)))  # fmt: skip
+    run.ceiling = 1e12
+    measure.measure_attack(run, "torchattacks")
+    flops = 4 * run.steps * mac_count(cases.make_model(run.width, CPU), 32)
+    for row in run.results.rows("peers"):
+        assert row["share_of_bf16_matmul"] == pytest.approx(flops * row["images_per_s"] / run.ceiling)
+
+
 def test_attacks_take_turns_or_say_what_is_missing(run, monkeypatch):
     fake = attacks.PEERS["torchattacks"]._replace(needs="json", make=lambda model, steps: lambda images, labels: model(images))
     monkeypatch.setitem(attacks.PEERS, "torchattacks", fake)
@@ -737,7 +757,9 @@ def test_the_command_writes_table_and_json_and_a_failing_clone_is_one_row(clone_
         "SupContrast: train: failed: bench.peers.clones.PeerFailed: ValueError: this clone is broken" not in table.splitlines()[0]
     )
     assert "this clone is broken" in table
-    assert __main__.main([*arguments[:-1], "TRADES", "--peer-path", str(good)]) == 0
+    with pytest.raises(UserError, match="holds a run already"):
+        __main__.main([*arguments[:-1], "TRADES", "--peer-path", str(good)])
+    assert __main__.main([*arguments[:-1], "TRADES", "--peer-path", str(good), "--out", str(tmp_path / "again")]) == 0
 
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, clone_of, capsys):
@@ -796,21 +818,25 @@ def bench(tmp_path):
 
 
 def test_the_gpu_part_takes_over_what_the_other_process_has_written(bench, clone_of, monkeypatch):
-    clone, commands = clone_of("TRADES"), []
-    bench.peer_paths = [str(clone)]
+    clone, other, commands = clone_of("TRADES"), clone_of("SupContrast"), []
+    bench.peer_paths = [str(other), str(clone)]
+    monkeypatch.setattr(attacks, "missing", lambda needs: f"{needs} is not installed")
 
-    def fake(command, timeout, **kwargs):
+    def fake(command, timeout):
         commands.append(command)
+        if "TRADES" not in command:
+            return 0
         folder = Path(command[command.index("--out") + 1])
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lines = [
             {"part": "environment", "name": "device and ceilings", "at_s": 1},
             {"part": "peers", "name": "TRADES: train", "at_s": 2, "ms": 3.0},
         ]
         (folder / "peers.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"part": "pee', encoding="utf-8")
-        return types.SimpleNamespace(returncode=code)
+        return code
 
-    monkeypatch.setattr(subprocess, "run", fake)
+    monkeypatch.setattr(program, "child", fake)
+    bench.deadline = time.perf_counter() + 100
     for given, more in ((1, []), (2, ["bench.peers ended with 2"])):
         code = given
         bench.results.found["results"].clear()
@@ -819,26 +845,31 @@ def test_the_gpu_part_takes_over_what_the_other_process_has_written(bench, clone
         assert [row["error"] for row in found if "error" in row] == more
         assert [(row["name"], row["ms"]) for row in found if "ms" in row] == [("TRADES: train", 3.0)]
         assert not bench.results.rows("environment")
-    assert commands[0][1:3] == ["-m", "bench.peers"]
-    assert commands[0][commands[0].index("--peer-path") + 1] == str(clone)
-    assert commands[0][commands[0].index("--batch") + 1] == "8"
-    assert "--quick" in commands[0]
+    for command, name, path in zip(commands, ("SupContrast", "TRADES"), (other, clone), strict=False):
+        assert command[1:5] == ["-m", "bench.peers", "--only", name]
+        assert [command[i + 1] for i, flag in enumerate(command) if flag == "--peer-path"] == [str(path)]
+        assert command[command.index("--batch") + 1] == "8" and "--quick" in command
+    # An even share of the time for each, less what the last call may take.
+    budgets = [int(command[command.index("--budget") + 1]) for command in commands[:2]]
+    assert budgets == [pytest.approx(part - gpu_peers.LAST_PEER_SECONDS, abs=2) for part in (50, 100)]
 
-    def late(command, timeout, **kwargs):
+    def late(command, timeout):
         fake(command, timeout)
-        raise subprocess.TimeoutExpired(command, timeout)
+        if "TRADES" in command:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", late)
+    monkeypatch.setattr(program, "child", late)
     bench.results.found["results"].clear()
     gpu_peers.run(bench)
-    assert [row.get("left_out", row.get("ms")) for row in bench.results.rows("peers")] == [
+    assert [row.get("left_out", row.get("ms")) for row in bench.results.rows("peers")][2:] == [
         "stopped at the end of this part's time",
         3.0,
     ]
 
 
 def test_the_gpu_part_says_why_it_begins_nothing(bench, clone_of, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a process was begun"))
+    monkeypatch.setattr(program, "child", lambda *args: pytest.fail("a process was begun"))
     monkeypatch.setattr(attacks, "missing", lambda needs: f"{needs} is not installed")
     gpu_peers.run(bench)
     bench.peer_paths = [str(clone_of("TRADES"))]
@@ -847,9 +878,9 @@ def test_the_gpu_part_says_why_it_begins_nothing(bench, clone_of, monkeypatch):
     bench.peer_paths = ["/nowhere/at/all"]
     gpu_peers.run(bench)
     said = [row["left_out"] for row in bench.results.rows("peers")]
-    assert said[0] == "no clone was given with --peer-path, and torchattacks is not installed and pyautoattack is not installed"
-    assert said[1].endswith("s were left")
-    assert "is no folder" in said[2]
+    absent = ["torchattacks is not installed", "pyautoattack is not installed"]
+    assert said[:5] == ["none was given with --peer-path", *absent, *absent]
+    assert said[5].endswith("s were left") and "is no folder" in said[6]
 
 
 # -- the real ones -----------------------------------------------------------------------------------------------------------

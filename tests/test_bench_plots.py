@@ -129,8 +129,12 @@ def test_make_bench_with_and_without_the_projects_key(tmp_path, made):
     assert list(found) == names
     assert [value for row in found.values() for value, _ in row] == pytest.approx([1, 1 / 0.55, 2, 4])
     assert found[names[1]][0][1] is None  # the file has no ratios of it by round
-    seconds = panels(figures["epochs"])["whole step, PGD-AT, PGD-2"]
-    assert [row[0][0] for row in seconds.values()] == pytest.approx([6250, 0.55 * 6250, 3125, 1562.5])
+    # Each engine beside those that took turns with it, and with nobody else.
+    seconds = panels(figures["epochs"])
+    for precision, engine in (("fp32", 3125), ("bf16", 1562.5)):
+        found = seconds[f"whole step, PGD-AT, PGD-2: in turns with the engine in {precision}"]
+        assert list(found) == [*names[:2], f"engine, {precision}"]
+        assert [row[0][0] for row in found.values()] == pytest.approx([6250, 0.55 * 6250, engine])
     figures, missing = drawn(tmp_path, bench_files.bench_file(added=False))
     assert list(figures) == ["ladder"] and len(missing) == 2
     assert "how many images a step had" in missing[0] and "no ceilings" in missing[1]
@@ -314,6 +318,24 @@ def test_nothing_to_draw_is_exit_2(tmp_path, capsys):
         assert plots.main(list(map(str, arguments))) == 2
         captured = capsys.readouterr()
         assert says in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("where, reason", [("taken", "File exists"), ("taken/below", "Not a directory")])
+def test_no_folder_to_draw_into_is_exit_2(tmp_path, where, reason, capsys):
+    path = bench_files.put(tmp_path, "ladder.json", bench_files.ladder_file(ceilings=False))
+    (tmp_path / "taken").write_text("mine")
+    assert plots.main([str(path), "--out", str(tmp_path / where)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"bench.plots: {tmp_path / where}: cannot be a folder to write into ({reason})\n"
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_figure_that_cannot_be_written_is_exit_2(tmp_path, capsys):
+    path = bench_files.put(tmp_path, "ladder.json", bench_files.ladder_file(ceilings=False))
+    (tmp_path / "out" / "ladder-ladder.svg").mkdir(parents=True)
+    assert plots.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "ladder-ladder.svg" in said and said.count("\n") == 1
 
 
 AOT = """{"kernel": "k", "arch": 90, "variant": "default", "precision": "fp16", "D": 128, "tile": "64 x 64", "warps": 4,

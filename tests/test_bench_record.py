@@ -1,14 +1,20 @@
 """bench.record: a record holds its files, figures and a README of their numbers; what cannot be one is refused, nothing lost."""
 
+import importlib
 import json
 import os
+import platform
 import shutil
+import signal
 from pathlib import Path
 
 import bench_files
 import pytest
 
 from bench import plots, record, record_text, schema
+from bench.program import run as run_program
+from fastanchor import files
+from fastanchor.errors import UserError
 
 pytest.importorskip("matplotlib")
 CPU = "CPU: fake, 2 threads"
@@ -91,7 +97,7 @@ def test_a_gpus_record_names_it_and_labels_predictions(tmp_path, no_figures):
     assert "`gpu.json`: absolute paths are cut to their last part." in text
 
 
-def test_kernels_compiled_ahead_of_time(tmp_path, no_figures):
+def test_kernels_compiled_ahead_of_time(tmp_path, no_figures, capsys):
     row = {"kernel": "k", "arch": 90, "variant": "default", "precision": "fp16", "D": 128, "tile": "64 x 64", "warps": 4, "stages": 2,
            "registers": 200, "spilled": 8, "shared": 1000, "wgmma": 4, "faults": ["8 bytes spilled"]}  # fmt: skip
     found = {
@@ -103,7 +109,10 @@ def test_kernels_compiled_ahead_of_time(tmp_path, no_figures):
     }
     path = bench_files.put(tmp_path, "aot.json", found)
     assert run(tmp_path, "aot", path) == 2  # no day in the file
-    assert run(tmp_path, "aot", path, "--date", "2026-11-31") == 2
+    for day in ("2026-11-31", "2026-13-45", "yesterday", ""):
+        capsys.readouterr()
+        assert run(tmp_path, "aot", path, "--date", day) == 2
+        assert capsys.readouterr().err == f"bench.record: {day!r} is no date: must be YYYY-MM-DD\n"
     assert run(tmp_path, "aot", path, "--date", "2026-11-22") == 0
     text = (tmp_path / "records" / "2026-11-22_aot" / "README.md").read_text()
     assert "Ahead-of-time compilation, no GPU: nothing here was run or timed." in text
@@ -150,6 +159,7 @@ def test_refused_and_nothing_written(tmp_path, no_figures, capsys):
     cases = [
         (("../out", gpu), "'../out': the name of a record"),
         (("a/b", gpu), "the name of a record"),
+        (("a b", gpu), "the name of a record"),
         ((".hidden", gpu), "the name of a record"),
         (("", gpu), "the name of a record"),
         (("x", gpu, bench), "is of fake GPU"),
@@ -212,11 +222,112 @@ def test_a_failure_leaves_no_half_record(tmp_path, monkeypatch, failure, capsys)
         ("in /home/jo/ and /Users/jo", "in ~ and ~"),
         ("https://github.com/a/b and images/s, 3/4/5", "https://github.com/a/b and images/s, 3/4/5"),
         ("runs/a/b.json", "runs/a/b.json"),
+        ("cc -I/home/jane/secret/x -L/Users/jo/lib -o y", "cc -Ix -Llib -o y"),
+        ("PATH=/opt/a/bin:/home/jo/bin at file:///home/jo/x", "PATH=bin:bin at file://x"),
+        ("(https://github.com/home/b/c, /home/jo/x)", "(https://github.com/home/b/c, x)"),
         ("on ip-10-0-0-1, not on ip-10-0-0-12", "on HOST, not on ip-10-0-0-12"),
     ],
 )
 def test_what_is_public(text, expected):
     assert record_text.public(text, ["ip-10-0-0-1"]) == expected
+
+
+def test_the_hosts_name_is_taken_out_of_everything(tmp_path, monkeypatch, capsys):
+    """Of JSON, note, log, README and figures, wherever it stands; a name that is a plain word is kept."""
+    monkeypatch.setattr(platform, "node", lambda: "gpu-host-17")
+    found = bench_files.run_file(
+        [
+            *bench_files.attack_rows((8,)),
+            ("attack", "else", {"left_out": "gpu-host-17 has no room in /home/jo/x"}),
+            ("attack", "naive on gpu-host-17", {"error": "Traceback\nOSError: gpu-host-17"}),
+        ],
+        command="gpu.py --data gpu-host-17:/home/jo/set",
+    )
+    other = bench_files.run_file([("attack", "x", {"left_out": "gpu-host-17 is busy"})], command="gpu.py")
+    other["settings"]["out"] = "x"
+    paths = [bench_files.put(tmp_path, "gpu.json", found), bench_files.put(tmp_path, "other.json", other)]
+    log = tmp_path / "gpu.log"
+    log.write_text("at gpu-host-17\n")
+    assert run(tmp_path, "x", *paths, "--log", log, "--note", "Made on gpu-host-17, in /home/jo/work.") == 0
+    folder = tmp_path / "records" / "2026-11-30_x"
+    for path in folder.iterdir():
+        assert "gpu-host-17" not in path.read_text() and "/home/jo" not in path.read_text(), path.name
+    assert any(path.suffix == ".svg" for path in folder.iterdir())
+    text = (folder / "README.md").read_text()
+    for said in (
+        "Made on HOST, in work.",
+        "HOST has no room in x",
+        "OSError: HOST",
+        "`gpu.py --data HOST:set`",
+        "`gpu.json`: absolute paths are cut to their last part, the host's name is replaced.",
+        "`other.json`: the host's name is replaced.",
+        "`gpu.log`: the host's name is replaced.",
+    ):
+        assert said in text, said
+    monkeypatch.setattr(platform, "node", lambda: "room")
+    shutil.rmtree(folder)
+    assert run(tmp_path, "x", paths[0]) == 0 and "has no room in x" in (folder / "README.md").read_text()
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path, no_figures, capsys):
+    gpu = bench_files.put(tmp_path, "gpu.json", bench_files.run_file([]))
+    (tmp_path / "records").write_text("mine")
+    assert run(tmp_path, "x", gpu) == 2
+    assert capsys.readouterr().err == f"bench.record: {tmp_path / 'records'}: cannot be a folder to write into (File exists)\n"
+    assert record.main(["x", str(gpu), "--into", str(tmp_path / "records" / "below")]) == 2
+    assert "below: cannot be a folder to write into (Not a directory)" in capsys.readouterr().err
+    assert (tmp_path / "records").read_text() == "mine"
+
+
+# The program, the option that says where to, and what would be called first to measure.
+MEASURING = [
+    ("bench.gpu", ["--device", "cpu", "--quick"], "--out", "run_parts"),
+    ("bench.peers.__main__", ["--device", "cpu", "--quick"], "--out", "measure_all"),
+    ("bench.ladder", ["--device", "cpu"], "--json", "measure"),
+    ("bench.aot", ["--arch", "90"], "--json", "supcon_cases"),
+    ("bench.tune", ["--d", "64", "--n", "1024"], "--json", "run"),
+]
+
+
+@pytest.mark.parametrize("program, arguments, option, measures", MEASURING, ids=[case[0] for case in MEASURING])
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch, program, arguments, option, measures, capsys):
+    if program in ("bench.aot", "bench.tune"):
+        pytest.importorskip("triton")
+    module = importlib.import_module(program)
+    monkeypatch.setattr(module, measures, lambda *_: pytest.fail("measured"))
+    (tmp_path / "taken").write_text("mine")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    places = [tmp_path / "taken" / "below", *([closed / "x"] if not os.access(closed, os.W_OK) else [])]
+    places.append(tmp_path / "taken" if option == "--out" else tmp_path)
+    for place in places:
+        name = program.removesuffix(".__main__")
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            status = run_program(name, lambda place=place: module.main([*arguments, option, str(place)]))
+        except SystemExit as ended:
+            status = ended.code
+        signal.signal(signal.SIGTERM, before)
+        captured = capsys.readouterr()
+        assert status == 2 and captured.err.startswith(f"{name}: {tmp_path}") and captured.err.count("\n") == 1, captured.err
+        assert captured.out == "" and (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_folder_that_takes_no_file_is_noticed(tmp_path, monkeypatch):
+    """Without depending on who runs the tests: to root no folder is closed."""
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    files.make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "kept").write_text("mine")
+    files.make_place(tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "mine"
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    for check, path in ((files.make_folder, tmp_path), (files.make_place, tmp_path / "new")):
+        with pytest.raises(UserError, match=f"{tmp_path}: cannot be a folder to write into .Permission denied."):
+            check(path)
 
 
 def test_a_committed_record_can_be_made_again(tmp_path):

@@ -9,7 +9,6 @@ folder. Results: DIR/peers.jsonl as they come, DIR/peers.json, and a table.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +16,7 @@ from time import perf_counter
 import torch
 from rich.console import Console
 
-from bench import machine
+from bench import machine, program
 from bench.peers import NAMES, REPOSITORIES, tables
 from bench.peers.clones import recognise_all
 from bench.peers.measure import PART, Run, measure_all
@@ -25,6 +24,7 @@ from bench.results import Results
 from fastanchor import environment
 from fastanchor.ceilings import matmul_rate
 from fastanchor.errors import UserError, did_you_mean
+from fastanchor.files import make_folder
 
 # Batches that one call of a peer trains on, and seconds that a turn lasts at least: a GPU's steps are short.
 GPU_BATCHES, GPU_FILL = 4, 0.25
@@ -60,6 +60,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if not args.budget > 0:
+        raise UserError(f"--budget {args.budget:g}: must be > 0")
     args.only = args.only.split(",") if args.only is not None else None
     for name in args.only or ():
         if name not in NAMES:
@@ -68,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0, 1 where a result is a failure, 2 with one sentence for bad input."""
+    """Command line; 0, 1 where a result is a failure, 2 with one sentence for bad input; UserError where the folder holds a run."""
     try:
         args = parse(arguments)
         clones = recognise_all(args.peer_path)
@@ -76,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             if name in REPOSITORIES and name not in clones:
                 raise UserError(f"--only {name}: give its clone with --peer-path DIR (it is at {REPOSITORIES[name].url})")
         device = environment.pick_device(args.device)
+        make_folder(args.out)
     except UserError as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 2
@@ -111,11 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "environment" in results.found["parts"]:
             results.part(PART, status, perf_counter() - began)
         tables.show(results.rows(PART), Console(width=150, highlight=False))
-    print(f"{results.whole} and {results.lines.name}: {len(results.found['results'])} results", flush=True)
+        print(f"{results.whole} and {results.lines.name}: {len(results.found['results'])} results", flush=True)
     return min(1, sum("error" in row for row in results.found["results"]))
 
 
 if __name__ == "__main__":
-    # An order to end is obeyed with the table printed, as ctrl-C is.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(program.run("bench.peers", main))

@@ -19,7 +19,7 @@ from fastanchor.config import Config
 
 TAU, SMOOTHING = 0.9995, 0.4
 # More batches a call with its loader: its workers start anew each epoch, and what that takes should not count for much.
-LOADER_BATCHES = {"cuda": 96, "cpu": 4}
+LOADER_BATCHES = {"cuda": 48, "cpu": 4}
 
 
 class Pictures(torch.utils.data.Dataset):

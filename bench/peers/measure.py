@@ -32,6 +32,7 @@ from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split
 from fastanchor.methods import build_method
 from fastanchor.models import mac_count
+from fastanchor.ops import images as operators
 from fastanchor.train.throughput import step_cost
 
 PART = "peers"
@@ -274,7 +275,10 @@ def _benchmarked(call: Call, on: bool) -> Call:
 
 
 def step_makers(run: Run, case: Case, config: Config) -> dict[str, Callable[[], Work]]:
-    """The naive step and the engine's on a resident set, so configured. The naive one knows no smoothing and no average."""
+    """The naive step and the engine's on a resident set, so configured. The naive one knows no smoothing and no average.
+
+    The engine's under cudnn.benchmark, as the training loop has it.
+    """
     indices = torch.arange(case.batch, device=run.device)
 
     def plain(second_rung: bool) -> Work:
@@ -286,7 +290,7 @@ def step_makers(run: Run, case: Case, config: Config) -> dict[str, Callable[[], 
         kept = dataclasses.replace(config, precision=precision, engine=dataclasses.replace(config.engine, **settings))
         model = cases.make_model(case.width, run.device)
         step = cases.make_step(kept, model, run.device, case.data.rows)
-        return Work(lambda: step(indices, progress=0.0), 1, model)
+        return Work(_benchmarked(lambda: step(indices, progress=0.0), run.device.type == "cuda"), 1, model)
 
     settings = {"engine, fp32": {"precision": "fp32"}, "engine, bf16": {"precision": "bf16"}}
     if run.device.type == "cuda":
@@ -297,6 +301,7 @@ def step_makers(run: Run, case: Case, config: Config) -> dict[str, Callable[[], 
 
 def loader_makers(run: Run, case: Case) -> dict[str, Callable[[], Work]]:
     """An epoch of our resident set of as many images as CIFAR-10 has: order, crop, flip, fp32 in [0, 1]."""
+    fused, _ = operators.decide("augment", "auto", run.device)
 
     def make() -> Work:
         images, labels = cases.make_batch(CIFAR_IMAGES, case.pixels, torch.device("cpu"))
@@ -306,7 +311,7 @@ def loader_makers(run: Run, case: Case) -> dict[str, Callable[[], Work]]:
         def call() -> None:
             for chosen in data.shuffled(case.batch, generator=order, drop_last=True):
                 rows, _ = data.rows(chosen)
-                views.augment(rows, "crop_flip", generator, fused=run.device.type == "cuda")
+                views.augment(rows, "crop_flip", generator, fused=fused)
 
         return Work(call, data.number_of_batches(case.batch, drop_last=True))
 
@@ -358,6 +363,9 @@ def _measure_variant(run: Run, session: Session, variant: Variant, name: str, fi
             makers |= loader_makers(run, case)
     stated = {"computes": {**variant.computes, "differs": list(variant.differs)}, "cudnn_benchmark": variant.cudnn_benchmark}
     rows = {key: dict(fields) for key in makers}
+    for key, row in rows.items():
+        if key.startswith("engine") and variant.what == "step":
+            row["cudnn_benchmark"] = run.device.type == "cuda"
     rows[name] |= stated | ({"reason": variant.reason} if variant.reason else {})
     compare(run, name, makers, rows, flops=flops, extrapolate=variant.what == "step")
 
