@@ -3,7 +3,7 @@
     python -m bench.speedrun TRACK [--seeds N | --seeds 0,1,2] [--out DIR] [--device cpu|cuda] [--data-root DIR]
                              [--set key=value]... [--resume]
     python -m bench.speedrun --list
-    python -m bench.speedrun --compare A.json B.json
+    python -m bench.speedrun --compare A1.json B1.json A2.json B2.json A3.json B3.json ...
 
 What is on the clock and what a record needs: bench/speedruns/README.md. Every seed is written as it ends (DIR/speedrun.jsonl,
 DIR/speedrun.json); after a kill the same command with --resume goes on. Exit status: 0 the claim holds (--compare: B is quicker),
@@ -13,9 +13,12 @@ DIR/speedrun.json); after a kill the same command with --resume goes on. Exit st
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
+from collections import Counter
+from datetime import datetime, timedelta
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -38,6 +41,9 @@ from fastanchor.train.loop import check_device
 
 KIND = "bench.speedrun"
 PART = "seeds"
+BEGUN = "begun"  # a row before each seed's clock: a seed that was killed on it leaves a trace
+CLOCK_STEP = timedelta(seconds=1)  # of `started`
+PAIRS = 3  # of runs, at least, for a comparison
 
 
 def run(track: Track, config: Config, seeds: list[int], overrides: dict[str, Any], out: Path, resume: bool) -> dict[str, Any]:
@@ -71,11 +77,13 @@ def run(track: Track, config: Config, seeds: list[int], overrides: dict[str, Any
         if rig is None:
             rig = Rig(config, images.num_classes, len(images.train), images.image_shape, device)
             print(f"prepared in {rig.preparation_s:.1f} s, not on the clock: {rig.step.describe()}", flush=True)
+        results.add(BEGUN, f"seed {seed}", seed=seed)
         model, seconds = rig.timed(seed, images.train)
         # The test images are first looked at here, with the clock stopped.
         judged = judge(
-            model, images.test, track.attack, num_classes=images.num_classes, batch_size=config.eval.batch_size, device=device
-        )
+            model, images.test, track.attack, num_classes=images.num_classes, batch_size=config.eval.batch_size, device=device,
+            say=lambda line: print(f"  {line}", flush=True),
+        )  # fmt: skip
         results.add(
             PART, f"seed {seed}", seed=seed, seconds=seconds, preparation_s=rig.preparation_s, cold_s=rig.preparation_s + seconds,
             **judged, epochs=config.epochs, images_seen=rig.images_seen, pflop=rig.flops / 1e15,
@@ -83,15 +91,27 @@ def run(track: Track, config: Config, seeds: list[int], overrides: dict[str, Any
         )  # fmt: skip
     results.part(PART, "done", perf_counter() - started)
     summary = speedrun_claim.summarise(results.rows(PART), track.accuracy, track.alpha, track.seeds)
-    against = _against(track, results.rows("environment")[0]["about"], device, seeds, overrides)
-    summary |= {"counts": summary["holds"] and not against, "against": against}
+    restarted = _restarted(results.rows(BEGUN))
+    against = _against(track, results.rows("environment")[0]["about"], device, seeds, overrides, restarted)
+    summary |= {"restarted": len(restarted), "counts": summary["holds"] and not against, "against": against}
     results.add("summary", track.name, **summary)
     return results.found
 
 
-def _against(track: Track, about: dict[str, Any], device: torch.device, seeds: list[int], overrides: dict[str, Any]) -> list[str]:
+def _restarted(begun: list[dict[str, Any]]) -> list[int]:
+    """The seeds that were begun more than once, so that their time is not the first that was drawn."""
+    return [seed for seed, times in Counter(row["seed"] for row in begun).items() if times > 1]
+
+
+def _of_a_commit(about: dict[str, Any]) -> bool:
+    return about["commit"] is not None and not about["commit"].endswith("+")
+
+
+def _against(
+    track: Track, about: dict[str, Any], device: torch.device, seeds: list[int], overrides: dict[str, Any], restarted: list[int]
+) -> list[str]:
     """Why this run is no record, whatever it reached; empty where nothing speaks against it."""
-    found = []
+    found = speedrun_track.outside(track)
     if device.type != track.device:
         found.append(f"it ran on {device.type}, the track is one of {track.device}")
     if track.device_name is not None and track.device_name.lower() not in about["device"].lower():
@@ -100,8 +120,10 @@ def _against(track: Track, about: dict[str, Any], device: torch.device, seeds: l
         found.append("its seeds are not 0, 1, 2, ...")
     if overrides:
         found.append(f"its settings are not the track's file alone: {', '.join(overrides)} set by hand")
-    if about["commit"] is None or about["commit"].endswith("+"):
+    if not _of_a_commit(about):
         found.append("its code is not that of a commit")
+    if restarted:
+        found.append(f"{len(restarted)} of its seeds restarted, so their times were drawn anew: {', '.join(map(str, restarted))}")
     return found
 
 
@@ -130,6 +152,7 @@ def _open(out: Path, described: dict[str, Any], earlier: list[dict[str, Any]]) -
     """
     aside = out / ".new"
     try:
+        out.mkdir(parents=True, exist_ok=True)
         results = Results(aside, described, kind=KIND)
         for row in earlier:
             results.add(row["part"], row["name"], **{k: v for k, v in row.items() if k not in ("part", "name", "at_s")})
@@ -159,27 +182,76 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def compare(paths: list[Path]) -> dict[str, Any]:
-    """Is B's entry quicker than A's to the same target on the same device? `exit` is 0 or 1. Raises UserError."""
-    runs = [_read(path) for path in paths]
+    """Is B's entry quicker than A's? paths: A1, B1, A2, B2, ...: runs to one target on one device, made in turns.
+
+    `claims`: of each run; `ratios`, `ratio`, `p`: of speedrun_claim.quicker on the runs' mean seconds; `verdict`: in words;
+    `exit`: 0 if every claim holds and p < alpha, else 1. Raises UserError for runs that cannot be compared.
+    """
+    if len(paths) % 2 or len(paths) < 2 * PAIRS:
+        raise UserError(
+            f"--compare takes at least {PAIRS} pairs of runs, found {len(paths)} files: A1.json B1.json A2.json B2.json ..."
+        )
+    runs = [_made(f"{'AB'[i % 2]}{i // 2 + 1}", path) for i, path in enumerate(paths)]
+    first = runs[0]
+    for run in runs[1:]:
+        for key, value in run["task"].items():
+            if value != first["task"][key]:
+                raise UserError(f"A1 and {run['name']} are runs of two tracks: their {key} differs")
+        if run["device"] != first["device"]:
+            raise UserError(
+                f"A1 and {run['name']} ran on two devices: {first['device']} and {run['device']}; seconds of one say nothing "
+                "about the other"
+            )
+    for before, run in zip(runs, runs[2:], strict=False):
+        for key, value in run["entry"].items():
+            if value != before["entry"][key]:
+                raise UserError(f"{before['name']} and {run['name']} are runs of two entries: their {key} differs")
+    for before, run in itertools.pairwise(runs):
+        if run["started"] <= before["started"] or run["started"] < before["ended"] - CLOCK_STEP:
+            raise UserError(
+                f"{run['name']} began before {before['name']} had ended: the runs are made in turns, and given as they were made"
+            )
+    claims = {run["name"]: run["claim"] for run in runs}
+    test = speedrun_claim.quicker(*([run["claim"]["seconds_mean"] for run in runs[i::2]] for i in range(2)))
+    weak = [name for name, claim in claims.items() if not claim["holds"]]
+    if weak:
+        verdict = f"B is not shown to be quicker: the claim of {', '.join(weak)} does not hold"
+    elif test["p"] is None:
+        verdict = "B is not shown to be quicker: all pairs have the same ratio, of which no test can say anything"
+    else:
+        verdict = f"B is {'' if test['p'] < first['task']['alpha'] else 'not shown to be '}quicker"
+    return {"claims": claims, **test, "verdict": verdict, "exit": int(verdict != "B is quicker")}
+
+
+def _made(name: str, path: Path) -> dict[str, Any]:
+    """What a comparison needs to know of one run. Raises UserError unless it is one process's, whole, from a commit."""
+    found = _read(path)
     try:
-        return _compared(*runs)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{' or '.join(map(str, paths))}: is not as bench.speedrun writes it ({error!r})") from None
-
-
-def _compared(*runs: dict[str, Any]) -> dict[str, Any]:
-    for key in ("target", "data", "device", "seeds", "alpha"):
-        if runs[0]["settings"]["track"].get(key) != runs[1]["settings"]["track"].get(key):
-            raise UserError(f"A and B are runs of two tracks: their {key} differs")
-    devices = [row["device"] for found in runs for row in found["results"] if row["part"] == "environment"]
-    if len(set(devices)) != 1:
-        raise UserError(f"A and B ran on two devices: {' and '.join(devices)}; seconds of one say nothing about the other")
-    track, target = runs[0]["settings"]["track"], runs[0]["settings"]["target"]["accuracy"]
-    rows = [[row for row in found["results"] if row["part"] == PART] for found in runs]
-    test = speedrun_claim.quicker(*([row["seconds"] for row in found] for found in rows))
-    claims = [speedrun_claim.summarise(found, target, track["alpha"], track["seeds"]) for found in rows]
-    both = all(claim["holds"] for claim in claims)
-    return {"claims": claims, **test, "exit": int(not (both and test["p"] < track["alpha"]))}
+        rows = {
+            part: [row for row in found["results"] if row["part"] == part] for part in ("environment", PART, BEGUN, "summary")
+        }
+        if not rows["summary"]:
+            raise UserError(f"{path}: its run has not ended")
+        if len({row["preparation_s"] for row in rows[PART]}) > 1 or _restarted(rows[BEGUN]):
+            raise UserError(f"{path}: its run was killed and gone on with; each run of a comparison is one process")
+        about, given, track = rows["environment"][0]["about"], found["settings"], found["settings"]["track"]
+        if not _of_a_commit(about):
+            raise UserError(f"{path}: its code is not that of a commit, so nothing says what was timed")
+        started = datetime.strptime(found["started"], "%Y-%m-%dT%H:%M:%S%z")
+        return {
+            "name": name,
+            "task": {key: track.get(key) for key in ("name", "target", "data", "device", "seeds", "alpha")},
+            "entry": {key: about[key] for key in ("commit", "python", "packages")}
+            | {key: given[key] for key in ("track", "seeds", "overrides", "config")},
+            "device": about["device"],
+            "started": started,
+            "ended": started + timedelta(seconds=found["results"][-1]["at_s"]),
+            "claim": speedrun_claim.summarise(rows[PART], given["target"]["accuracy"], track["alpha"], track["seeds"]),
+        }
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: is not as bench.speedrun writes it ({error!r})") from None
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -220,16 +292,14 @@ def _spread(std: float | None) -> str:
 
 
 def show_comparison(found: dict[str, Any], console: Console) -> None:
-    """The two claims, and whether one is quicker."""
-    for name, claim in zip("AB", found["claims"], strict=True):
+    """The claim of each run, and whether one entry is quicker."""
+    for name, claim in found["claims"].items():
         console.print(f"{name}: {_said(claim)}: {claim['verdict']}")
-    console.print(
-        f"clock, B - A: {found['difference_s']:+.2f} s (A / B {found['ratio']:.3f}); Welch's one-sided test that B is quicker: "
-        f"p = {found['p']:.2g}"
-    )
-    both = all(claim["holds"] for claim in found["claims"])
-    said = "" if both else " (both must hold the target)"
-    console.print("B is quicker" if found["exit"] == 0 else f"B is not shown to be quicker{said}")
+    told = ", ".join(f"{ratio:.3f}" for ratio in found["ratios"])
+    p = "none" if found["p"] is None else f"{found['p']:.2g}"
+    console.print(f"clock, A / B of each pair: {told}; geometric mean {found['ratio']:.3f}")
+    console.print(f"paired one-sided t-test over {len(found['ratios'])} pairs that B is quicker: p = {p}")
+    console.print(found["verdict"])
 
 
 def show_tracks(console: Console) -> None:
@@ -277,7 +347,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the seeds that are missing")
     parser.add_argument("--list", action="store_true", help="the tracks")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="is B quicker at the same target?")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="A1 B1 A2 B2 ...: runs made in turns: is B quicker at the same target?",
+    )
     args = parser.parse_args(arguments)
     console = Console(width=170, highlight=False, markup=False)
     try:

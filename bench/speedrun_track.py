@@ -40,8 +40,9 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Track:
-    """The fields of the file; `attack` and `accuracy` (percent) are its target, `given` is all of it as it was read."""
+    """The fields of the file `path`; `attack` and `accuracy` (percent) are its target, `given` is all of it as it was read."""
 
+    path: Path
     name: str
     task: str
     data: dict[str, Any]
@@ -87,7 +88,7 @@ def read(path: Path) -> Track:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", found["name"]):
         raise UserError(f"{path}: name = {found['name']}: must be of letters, digits and -_. for it names a folder")
     for key in ("data", "target", "set"):
-        if not isinstance(found.get(key) or {}, dict):
+        if found.get(key) is not None and not isinstance(found[key], dict):
             raise UserError(f"{path}: {key} = {found[key]}: must be a mapping of settings")
     if not isinstance(found["data"].get("source"), str):
         raise UserError(f"{path}: data.source is missing: it names the images, as in data: {{source: digits}}")
@@ -101,10 +102,23 @@ def read(path: Path) -> Track:
         raise UserError(f"{path}: seeds = {seeds}: must be a whole number >= 2, or there is no test of the claim")
     attack, accuracy = _target(found["target"], path)
     return Track(
-        name=found["name"], task=found["task"], data=found["data"], attack=attack, accuracy=accuracy, seeds=seeds,
+        path=path, name=found["name"], task=found["task"], data=found["data"], attack=attack, accuracy=accuracy, seeds=seeds,
         alpha=_number(found, "alpha", path, 0, 1), device=found["device"], device_name=found.get("device_name"),
         recipe=found["recipe"], set=found.get("set") or {}, record=found.get("record"), given=found,
     )  # fmt: skip
+
+
+def outside(track: Track) -> list[str]:
+    """Which of an entry's files are no part of the repository, so that its commit does not say what they hold."""
+    found = []
+    file = track.path.resolve()
+    if file.parent != FOLDER.resolve() or file.suffix != ".yaml":
+        found.append(f"its track {track.path} is none of bench/speedruns")
+    known = settings.recipe_names()
+    named = track.recipe in known or f"{track.recipe}_resnet18_cifar10" in known
+    if not named and not Path(track.recipe).resolve().is_relative_to(Path(settings.__file__).parent.resolve()):
+        found.append(f"its recipe {track.recipe} is none of fastanchor's")
+    return found
 
 
 def _target(target: dict[str, Any], path: Path) -> tuple[AttackSpec, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ import yaml
 from graph_emulator import Emulator
 from scipy import stats
 
-from bench import machine, speedrun, speedrun_claim, speedrun_clock, speedrun_track
+from bench import machine, schema, speedrun, speedrun_claim, speedrun_clock, speedrun_track
 from bench.speedrun_clock import Rig, judge
 from fastanchor import environment, graphs, settings
 from fastanchor.data.sources import ImageSet, Split
@@ -263,7 +264,8 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     status, found = run_tiny(tmp_path, "--set", "optim.lr=0.1", "--data-root", tmp_path)
     assert status == 1
     assert (found["schema"], found["kind"], found["parts"]["seeds"]["status"]) == (1, "bench.speedrun", "done")
-    assert [row["part"] for row in found["results"]] == ["environment", "seeds", "seeds", "summary"]
+    assert [row["part"] for row in found["results"]] == ["environment", *["begun", "seeds"] * 2, "summary"]
+    schema.validate({**found, "results": found["results"][1:]})  # the environment is a stand-in
     lines = [json.loads(line) for line in (tmp_path / "out/speedrun.jsonl").read_text().splitlines()]
     assert lines == found["results"]
     given = found["settings"]
@@ -286,17 +288,44 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     summary = found["results"][-1]
     robust = [row["robust"] for row in seed_rows(found)]
     assert summary["robust_all"] == robust and summary["n"] == 2 and not summary["holds"] and not summary["counts"]
+    assert summary["restarted"] == 0
     said = capsys.readouterr().out
     assert "does not hold (p = " in said and "optim.lr set by hand" in said
     assert f"{robust[1]:.2f}" in said
 
 
-def test_a_claim_that_holds_ends_with_0_and_counts(tmp_path, monkeypatch):
-    values = iter([60.0, 61.0, 60.0, 61.0])
+def judged_as(monkeypatch, *robust):
+    """Let the judge find these accuracies, one after the other, again and again."""
+    values = itertools.cycle(robust)
     monkeypatch.setattr(speedrun, "judge", lambda *_, **__: {"clean": 90.0, "robust": next(values), "judgement_s": 1.0})
-    target = {"attack": "pgd2:eps=0.1", "accuracy": 50}
-    status, found = run_tiny(tmp_path, "--seeds", "4", target=target, seeds=4)
+
+
+HOLDS = {"target": {"attack": "pgd2:eps=0.1", "accuracy": 50}, "seeds": 4}
+
+
+def test_a_claim_that_holds_ends_with_0_and_counts(tmp_path, monkeypatch):
+    judged_as(monkeypatch, 60.0, 61.0)
+    monkeypatch.setattr(speedrun_track, "FOLDER", tmp_path)
+    status, found = run_tiny(tmp_path, **HOLDS)
     assert status == 0 and found["results"][-1]["counts"] and found["results"][-1]["against"] == []
+
+
+def test_the_entry_of_a_file_of_ones_own_is_no_record(tmp_path, monkeypatch, capsys):
+    judged_as(monkeypatch, 60.0, 61.0)
+    status, found = run_tiny(tmp_path, **HOLDS)
+    assert status == 0 and not found["results"][-1]["counts"]
+    assert found["results"][-1]["against"] == [f"its track {tmp_path / 'tiny.yaml'} is none of bench/speedruns"]
+    assert "no record: its track" in capsys.readouterr().out
+
+
+def test_seeds_that_are_all_the_same_show_nothing(tmp_path, monkeypatch, capsys):
+    judged_as(monkeypatch, 60.0)
+    status, found = run_tiny(tmp_path, **HOLDS)
+    summary = found["results"][-1]
+    assert status == 1 and summary["p"] is None and not summary["holds"]
+    assert summary["verdict"] == "does not hold: all seeds have the same accuracy, of which no test can say anything"
+    assert summary["verdict"] in " ".join(capsys.readouterr().out.split())
+    schema.validate({**found, "results": found["results"][1:]})
 
 
 def test_fewer_seeds_than_the_track_needs_give_no_verdict(tmp_path, monkeypatch):
@@ -319,6 +348,7 @@ def test_a_killed_run_goes_on_and_drops_no_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speedrun, "judge", stopped)
     status, first = run_tiny(tmp_path)
     assert status == 130 and len(seed_rows(first)) == 1
+    assert [row["seed"] for row in first["results"] if row["part"] == "begun"] == [0, 1]
     capsys.readouterr()
     assert run_tiny(tmp_path)[0] == 2 and "--resume goes on" in capsys.readouterr().err
     assert run_tiny(tmp_path, "--resume", "--set", "epochs=3")[0] == 2 and "another overrides" in capsys.readouterr().err
@@ -334,9 +364,25 @@ def test_a_killed_run_goes_on_and_drops_no_seed(tmp_path, monkeypatch, capsys):
     ]
     assert seed_rows(found)[0]["seconds"] == seed_rows(first)[0]["seconds"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["speedrun.json", "speedrun.jsonl"]
+    assert [row["seed"] for row in found["results"] if row["part"] == "begun"] == [0, 1, 1]
     # Nothing is left to do: the same figures, and no training.
     monkeypatch.setattr(Rig, "timed", None)
-    assert seed_rows(run_tiny(tmp_path, "--resume")[1]) != [] and len(calls) == 3
+    again = run_tiny(tmp_path, "--resume")[1]
+    assert seed_rows(again) != [] and len(calls) == 3
+    for summary in (found["results"][-1], again["results"][-1]):
+        assert summary["restarted"] == 1 and any("1 of its seeds restarted" in said for said in summary["against"])
+
+
+def test_a_seed_that_is_killed_on_its_clock_leaves_a_trace(tmp_path, monkeypatch):
+    judged_as(monkeypatch, 60.0, 61.0)
+    monkeypatch.setattr(speedrun_track, "FOLDER", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rig, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_tiny(tmp_path, **HOLDS)[0] == 130
+    status, found = run_tiny(tmp_path, "--resume", **HOLDS)
+    summary = found["results"][-1]
+    assert status == 0 and summary["holds"] and summary["restarted"] == 1 and not summary["counts"]
+    assert summary["against"] == ["1 of its seeds restarted, so their times were drawn anew: 0"]
 
 
 def test_a_seed_that_diverges_counts_with_0_and_is_said(tmp_path, capsys):
@@ -358,11 +404,13 @@ def test_finite_weights_whose_logits_are_not_count_as_0(tiny_model):
     assert (found["clean"], found["robust"]) == (0, 0) and "not all finite" in found["failed"]
 
 
-def test_autoattack_judges_and_is_asked_for_before_the_training(tmp_path, monkeypatch, capsys):
+def test_autoattack_judges_says_how_far_it_is_and_is_asked_for_before_the_training(tmp_path, monkeypatch, capsys):
     target = {"attack": "autoattack:eps=0.5", "accuracy": 50}
     data = {"source": "digits", "limit": 20}
     status, found = run_tiny(tmp_path, "--seeds", "1", target=target, data=data)
     stages = seed_rows(found)[0]["stages"]
+    said = capsys.readouterr().out
+    assert all(f"AutoAttack after {stage}: {accuracy:.2f} %" in said for stage, accuracy in stages.items())
     assert status == 1 and list(stages) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert seed_rows(found)[0]["robust"] == stages["square"] <= stages["clean"] == seed_rows(found)[0]["clean"]
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
@@ -385,6 +433,14 @@ def test_autoattack_judges_and_is_asked_for_before_the_training(tmp_path, monkey
         ({"device": "tpu"}, [], "device = tpu: must be one of cpu, cuda"),
         ({"name": "a/b"}, [], "name = a/b"),
         ({"data": {"limit": 3}}, [], "data.source is missing"),
+        ({"data": []}, [], "data = []: must be a mapping"),
+        ({"data": 0}, [], "data = 0: must be a mapping"),
+        ({"target": []}, [], "target = []: must be a mapping"),
+        ({"target": ""}, [], "target = : must be a mapping"),
+        ({"set": []}, [], "set = []: must be a mapping"),
+        ({"set": False}, [], "set = False: must be a mapping"),
+        ({"record": []}, [], "record = []: must be a text"),
+        ({"device": []}, [], "device = []: must be one of"),
         ({"data": {"source": "digits", "pad": 3}}, [], "data.pad: is no part of the task"),
         ({"data": {"source": "digits", "limitt": 3}}, [], "unknown setting data.limitt = 3; did you mean 'data.limit'?"),
         (
@@ -458,9 +514,10 @@ def test_what_a_recipe_says_of_the_images_is_not_the_tasks(tmp_path):
     assert (data.source, data.limit, data.split_seed, data.pad, data.root) == ("digits", None, 0, 2, "/somewhere")
 
 
-def test_what_speaks_against_a_record(tmp_path):
+def test_what_speaks_against_a_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(speedrun_track, "FOLDER", tmp_path)
     track = speedrun_track.read(write_track(tmp_path, device_name="X"))
-    assert speedrun._against(track, ABOUT, CPU, [0, 1], {}) == []
+    assert speedrun._against(track, ABOUT, CPU, [0, 1], {}, []) == []
     others = [
         (ABOUT, torch.device("cuda"), [0, 1], {}, "ran on cuda"),
         ({**ABOUT, "device": "CPU: Y"}, CPU, [0, 1], {}, "ran on CPU: Y"),
@@ -470,8 +527,28 @@ def test_what_speaks_against_a_record(tmp_path):
         ({**ABOUT, "commit": None}, CPU, [0, 1], {}, "commit"),
     ]
     for about, device, seeds, overrides, said in others:
-        found = speedrun._against(track, about, device, seeds, overrides)
+        found = speedrun._against(track, about, device, seeds, overrides, [])
         assert len(found) == 1 and said in found[0]
+    assert speedrun._against(track, ABOUT, CPU, [0, 1], {}, [1]) == [
+        "1 of its seeds restarted, so their times were drawn anew: 1"
+    ]
+
+
+def test_the_files_of_a_record_are_of_the_repository(tmp_path, monkeypatch):
+    """Of any other file the commit says nothing; a link in the folder leads out of it."""
+    for name in speedrun_track.names():
+        assert speedrun_track.outside(speedrun_track.load(name)) == []
+    track = speedrun_track.load(str(write_track(tmp_path)))
+    assert speedrun_track.outside(track) == [f"its track {tmp_path / 'tiny.yaml'} is none of bench/speedruns"]
+    folder = tmp_path / "speedruns"
+    folder.mkdir()
+    (folder / "linked.yaml").symlink_to(tmp_path / "tiny.yaml")
+    monkeypatch.setattr(speedrun_track, "FOLDER", folder)
+    assert len(speedrun_track.outside(speedrun_track.load("linked"))) == 1
+    (tmp_path / "own.yaml").write_text("epochs: 1\n")
+    for recipe, outside in (("pgd_at", 0), (str(ROOT / "fastanchor/recipes" / "x.yaml"), 0), (str(tmp_path / "own.yaml"), 1)):
+        found = speedrun_track.outside(speedrun_track.read(write_track(folder, recipe=recipe)))
+        assert len(found) == outside and all("is none of fastanchor's" in said for said in found)
 
 
 # Statistics
@@ -497,70 +574,138 @@ def test_the_claim_by_hand():
     assert not few["holds"] and few["verdict"] == "too few seeds (5 of 6)"
 
 
-def test_seeds_without_a_spread():
-    assert (
-        speedrun_claim.above([51, 51], 50) == 0 and speedrun_claim.above([50, 50], 50) == speedrun_claim.above([49, 49], 50) == 1
-    )
-    assert speedrun_claim.quicker([2, 2], [1, 1])["p"] == 0 and speedrun_claim.quicker([1, 1], [1, 1])["p"] == 1
+@pytest.mark.parametrize("value", [10.0, 50.0, 90.0])
+def test_seeds_without_a_spread(value):
+    """Whichever side of the target: a collapsed network has the same accuracy with every seed."""
+    found = speedrun_claim.summarise(rows_of([value] * 5), 50, 0.01, 5)
+    assert found["p"] is None and found["holds"] is False and "same accuracy" in found["verdict"]
+    assert speedrun_claim.summarise(rows_of([value]), 50, 0.01, 2)["verdict"] == "too few seeds (1 of 2)"
 
 
-def test_welchs_test_by_hand():
-    """Means 10 and 7; variances 4 and 1 over 3 and 4 values: t = -3 / sqrt(4/3 + 1/4), Welch and Satterthwaite's degrees."""
-    a, b = [8.0, 10.0, 12.0], [7 - math.sqrt(1.5), 7.0, 7.0, 7 + math.sqrt(1.5)]
+def test_the_paired_test_by_hand():
+    """Logarithms of A / B: 0.1, 0.2, 0.3: mean 0.2, standard deviation 0.1: t = 0.2 / (0.1 / sqrt(3)) with 2 degrees of freedom."""
+    b = [2.0, 30.0, 5.0]  # what the pairs share, however much, is no part of it
+    a = [value * math.exp(gain) for value, gain in zip(b, (0.1, 0.2, 0.3), strict=True)]
     found = speedrun_claim.quicker(a, b)
-    va, vb = 4 / 3, 1 / 4
-    degrees = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
-    assert found["p"] == pytest.approx(stats.t.cdf(-3 / math.sqrt(va + vb), degrees), rel=1e-9)
-    assert found["difference_s"] == pytest.approx(-3) and found["ratio"] == pytest.approx(10 / 7)
-    with pytest.raises(UserError, match="two seeds"):
-        speedrun_claim.quicker([1.0], [1.0, 2.0])
+    assert found["p"] == pytest.approx(stats.t.sf(2 * math.sqrt(3), 2), rel=1e-9)
+    assert found["p"] == pytest.approx(0.0371, abs=1e-4)  # from a table: t(2) = 3.4641
+    assert found["ratio"] == pytest.approx(math.exp(0.2)) and found["ratios"] == pytest.approx(
+        list(map(math.exp, (0.1, 0.2, 0.3)))
+    )
+    other = speedrun_claim.quicker(b, a)
+    assert other["p"] == pytest.approx(1 - found["p"]) and other["ratio"] == pytest.approx(math.exp(-0.2))
+    assert speedrun_claim.quicker([2.0, 4.0, 8.0], [1.0, 2.0, 4.0])["p"] is None
 
 
-# Two runs
+# Runs in turns
+
+A, B = {**ABOUT, "commit": "aaa"}, {**ABOUT, "commit": "bbb"}
 
 
-def run_file(folder, name, seconds, robust=None, device="CPU: X", **changes):
+def run_file(folder, turn, seconds, *, about=ABOUT, robust=(60.0, 61.0, 62.0), begun=(0, 1, 2), prepared=(5.0,) * 3, **changes):
+    """The file of a run that began in the minute `turn` and took 50 s; `seconds`: mean of its three seeds. changes: of its track."""
     track = {**TINY, "target": {"attack": "pgd2:eps=0.1", "accuracy": 50}, "seeds": 3, **changes}
-    rows = rows_of(robust or [60.0, 61.0, 62.0][: len(seconds)], seconds)
-    results = [{"part": "environment", "name": "device and ceilings", "device": device, "about": ABOUT}]
-    results += [{"part": "seeds", "name": f"seed {i}", "seed": i, **row} for i, row in enumerate(rows)]
-    given = {"track": track, "target": track["target"], "seeds": [0, 1, 2]}
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"schema": 1, "kind": "bench.speedrun", "settings": given, "parts": {}, "results": results}))
+    rows = [{"part": "environment", "name": "device and ceilings", "about": about}]
+    rows += [{"part": "begun", "name": f"seed {seed}", "seed": seed} for seed in begun]
+    for i, row in enumerate(rows_of(robust, [seconds - 0.001, seconds, seconds + 0.001])):
+        rows.append({"part": "seeds", "name": f"seed {i}", "seed": i, **row, "preparation_s": prepared[i]})
+    rows.append({"part": "summary", "name": "tiny"})
+    given = {"track": track, "target": track["target"], "seeds": [0, 1, 2], "overrides": {}, "config": {}}
+    found = {"schema": 1, "kind": "bench.speedrun", "started": f"2026-11-22T10:{turn:02}:00+0000", "settings": given, "parts": {}}
+    path = folder / f"{len(list(folder.glob('*.json')))}.json"
+    path.write_text(json.dumps({**found, "results": [{**row, "at_s": 50.0} for row in rows]}))
     return path
 
 
+def in_turns(folder, a, b, **changes):
+    """A1, B1, A2, ...: runs of these mean seconds, one after the other; changes: of B's last run."""
+    paths = []
+    for i, (one, other) in enumerate(zip(a, b, strict=True)):
+        paths.append(run_file(folder, 2 * i, one, about=A))
+        given = {"about": B, "recipe": "anchor", **(changes if i == len(b) - 1 else {})}
+        paths.append(run_file(folder, given.pop("turn", 2 * i + 1), other, **given))
+    return paths
+
+
 def test_compare(tmp_path, capsys):
-    slow, quick = run_file(tmp_path, "slow", [10.0, 10.1, 10.2]), run_file(tmp_path, "quick", [8.0, 8.1, 8.2], recipe="anchor")
-    assert main("--compare", slow, quick) == 0
+    """The machine gets slower from pair to pair, more than A and B differ; within the pairs B is quicker by a fifth."""
+    quick = in_turns(tmp_path, [10.0, 15.0, 30.0], [8.0, 12.1, 23.9])
+    assert main("--compare", *quick) == 0
     said = capsys.readouterr().out
-    assert "-2.00 s" in said and "A / B 1.247" in said and "B is quicker" in said
-    assert main("--compare", quick, slow) == 1 and "not shown to be quicker" in capsys.readouterr().out
-    assert main("--compare", slow, slow) == 1
-    weak = run_file(tmp_path, "weak", [1.0, 1.1, 1.2], robust=[49.0, 50.0, 51.0])
-    assert main("--compare", slow, weak) == 1 and "both must hold the target" in capsys.readouterr().out
-    assert main("--compare", weak, quick) == 1
-    noisy = run_file(tmp_path, "noisy", [4.0, 8.0, 15.0])
-    assert main("--compare", slow, noisy) == 1
+    assert "A3: n = 3" in said and "1.250, 1.240, 1.255; geometric mean 1.248" in said and said.endswith("B is quicker\n")
+    found = speedrun.compare(quick)
+    assert found["ratio"] == pytest.approx((10 * 15 * 30 / (8 * 12.1 * 23.9)) ** (1 / 3)) and found["p"] < 0.01
+    assert (found["verdict"], found["exit"], list(found["claims"])) == ("B is quicker", 0, ["A1", "B1", "A2", "B2", "A3", "B3"])
+    assert main("--compare", *in_turns(tmp_path, [8.0, 12.1, 23.9], [10.0, 15.0, 30.0])) == 1
+    assert "not shown to be quicker" in capsys.readouterr().out
+    assert main("--compare", *in_turns(tmp_path, [10.0] * 3, [8.0] * 3)) == 1 and "p = none" in capsys.readouterr().out
 
 
-def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
-    base = run_file(tmp_path, "base", [1.0, 1.1, 1.2])
-    others = {
-        "their data differs": run_file(tmp_path, "data", [1.0, 1.1, 1.2], data={"source": "synthetic"}),
-        "their target differs": run_file(tmp_path, "target", [1.0, 1.1, 1.2], target={"attack": "pgd2:eps=0.1", "accuracy": 51}),
-        "two devices": run_file(tmp_path, "device", [1.0, 1.1, 1.2], device="CPU: Y"),
-        "cannot be read": tmp_path / "none.json",
+def test_one_entry_against_itself_under_load_is_not_quicker(tmp_path):
+    """The seeds of each run agree to a thousandth, and the machine's load moves whole runs: no thousand seeds would tell."""
+    found = speedrun.compare(in_turns(tmp_path, [10.0, 10.0, 10.4], [9.0, 10.3, 10.0]))
+    assert found["exit"] == 1 and found["p"] > 0.05
+
+
+def test_every_run_of_a_comparison_must_hold_the_target(tmp_path, capsys):
+    weak = in_turns(tmp_path, [10.0, 15.0, 30.0], [8.0, 12.1, 23.9], robust=[49.0, 50.0, 51.0])
+    assert main("--compare", *weak) == 1
+    assert "B is not shown to be quicker: the claim of B3 does not hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"source": "synthetic"}}, "A1 and B3 are runs of two tracks: their data differs"),
+        ({"target": {"attack": "pgd2:eps=0.1", "accuracy": 51}}, "their target differs"),
+        ({"name": "other"}, "their name differs"),
+        ({"about": {**B, "device": "CPU: Y"}}, "two devices"),
+        ({"about": A}, "B2 and B3 are runs of two entries: their commit differs"),
+        ({"about": {**B, "packages": {"torch": "2.14.0"}}}, "their packages differs"),
+        ({"recipe": "pgd_at"}, "two entries: their track differs"),
+        ({"about": {**B, "commit": "bbb+"}}, "is not that of a commit"),
+        ({"turn": 3}, "B3 began before A3 had ended"),
+        ({"turn": 4}, "B3 began before A3 had ended"),
+        ({"begun": [0, 1, 1, 2]}, "was killed and gone on with"),
+        ({"prepared": [5.0, 5.0, 6.0]}, "was killed and gone on with"),
+    ],
+)
+def test_compare_refuses_runs_that_differ_in_more_than_the_entry(tmp_path, capsys, changes, said):
+    assert main("--compare", *in_turns(tmp_path, [3.0, 3.1, 3.2], [2.0, 2.1, 2.3], **changes)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_compare_refuses_runs_not_made_in_turns(tmp_path, capsys):
+    a1, b1, a2, b2, a3, b3 = in_turns(tmp_path, [3.0, 3.1, 3.2], [2.0, 2.1, 2.3])
+    late = run_file(tmp_path, 0, 3.0, about=A)
+    late.write_text(late.read_text().replace('"at_s": 50.0', '"at_s": 62.5'))  # it ran on while B1 did
+    short = [run_file(tmp_path, 0, 3.0, about=about) for about in (A, B) * 3]
+    for path in short:  # of one second, in which no order shows
+        path.write_text(path.read_text().replace('"at_s": 50.0', '"at_s": 0.3'))
+    turns = [short, [a1, b1, a3, b2, a2, b3], [b1, a1, b2, a2, b3, a3], [a1, b1, a1, b1, a1, b1], [late, b1, a2, b2, a3, b3]]
+    for paths in turns:
+        assert main("--compare", *paths) == 2 and "made in turns" in capsys.readouterr().err
+    for paths in ([a1, b1], [a1, b1, a2, b2], [a1, b1, a2, b2, a3], [a1, b1, a2, b2, a3, b3, a3]):
+        assert main("--compare", *paths) == 2
+        assert f"at least 3 pairs of runs, found {len(paths)} files" in capsys.readouterr().err
+
+
+def test_compare_refuses_what_is_no_run(tmp_path, capsys):
+    runs = in_turns(tmp_path, [3.0, 3.1, 3.2], [2.0, 2.1, 2.3])
+    good = json.loads(runs[-1].read_text())
+    files = {
+        "is not JSON": "{",
+        "is no file of bench.speedrun": {"schema": 1, "kind": "bench.gpu"},
+        "has not ended": {**good, "results": good["results"][:-1]},
+        "as bench.speedrun writes it (KeyError": {**good, "settings": {}},
+        "as bench.speedrun writes it (ValueError": {**good, "started": "yesterday"},
+        "as bench.speedrun writes it (Index": {**good, "results": good["results"][1:]},
+        "as bench.speedrun writes it (Stat": {**good, "results": [row for row in good["results"] if row["part"] != "seeds"]},
     }
-    (tmp_path / "text.json").write_text("{")
-    (tmp_path / "other.json").write_text(json.dumps({"schema": 1, "kind": "bench.gpu"}))
-    (tmp_path / "bare.json").write_text(json.dumps({**json.loads(base.read_text()), "settings": {}}))
-    others |= {
-        "needs at least two seeds": run_file(tmp_path, "killed", []),
-        "as bench.speedrun writes it": tmp_path / "bare.json",
-    }
-    others |= {"is not JSON": tmp_path / "text.json", "is no file of bench.speedrun": tmp_path / "other.json"}
-    for said, path in others.items():
-        assert main("--compare", base, path) == 2
+    for said, found in files.items():
+        (tmp_path / "bad.txt").write_text(found if isinstance(found, str) else json.dumps(found))
+        assert main("--compare", *runs[:-1], tmp_path / "bad.txt") == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1
+    assert main("--compare", *runs[:-1], tmp_path / "none.json") == 2 and "cannot be read" in capsys.readouterr().err

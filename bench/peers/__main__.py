@@ -70,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0, 1 where a result is a failure, 2 with one sentence for bad input; UserError where the folder holds a run."""
+    """Command line; 0, 1 where a result is a failure, 2 with one sentence for bad input; UserError for a folder with a run."""
     try:
         args = parse(arguments)
         clones = recognise_all(args.peer_path)
