@@ -154,9 +154,13 @@ def speed(text):
     words = {2: "two", 6: "six", 7: "seven"}
     row = recorded["fastanchor"]["environment"]
     processor = re.fullmatch(r"CPU: (.+), \d+ threads", row["device"])[1]
-    problems += says(section, f"On {words[row['threads']]} CPU cores with bf16 instructions ({processor}, ResNet-18", "bench.json")
+    problems += says(
+        section, f"On {words[row['threads']]} CPU cores with bf16 instructions ({processor}, ResNet-18", "bench.json"
+    )
     sizes = f"ResNet-18 of width {made['width']}, batch {made['batch']}, PGD-{made['steps']}"
-    problems += says(section, f"{sizes}), all in one process and in turns, median over {words[rounds]} rounds and range", "bench.json")
+    problems += says(
+        section, f"{sizes}), all in one process and in turns, median over {words[rounds]} rounds and range", "bench.json"
+    )
     seconds = float(re.search(r"passed in ([\d.]+)s", (folder / "bench.log").read_text())[1])
     problems += says(section, f"in {words[round(seconds / 60)]} minutes", "bench.log")
     run = load(folder / "speedrun.json")["results"][-1]
