@@ -7,11 +7,10 @@ rules that this file keeps.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from fastanchor.evaluate.accuracy import measure
 from fastanchor.evaluate.autoattack import autoattack
 from fastanchor.evaluate.protocol import AttackSpec
 from fastanchor.methods import build_method
-from fastanchor.train.loop import derive_seed
+from fastanchor.train.loop import cudnn_benchmark, derive_seed
 from fastanchor.train.optim import (
     WeightAverage,
     build_optimizer,
@@ -76,7 +75,7 @@ class Rig:
         self.average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
         self.step = TrainStep(config, method, self.model, self.optimizer, self.average, device, self.data.rows)
         self.flops = step_cost(method, self.model, image_size).total * self.images_seen
-        with _cudnn_benchmark():
+        with cudnn_benchmark():
             self._try_out()
         self.preparation_s = now(device) - started
         self._peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -111,7 +110,7 @@ class Rig:
         gc.collect()  # what earlier seeds left is not cleared away on this one's clock
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with _cudnn_benchmark():
+        with cudnn_benchmark():
             started = now(self.device)
             model = self._train(seed, images)
             seconds = now(self.device) - started
@@ -150,17 +149,6 @@ class Rig:
     def peak_memory_mb(self) -> float | None:
         """10^6 bytes of all tensors at most in the preparation and on the clocks so far; None on a CPU."""
         return None if self._peak is None else self._peak / 1e6
-
-
-@contextlib.contextmanager
-def _cudnn_benchmark() -> Iterator[None]:
-    """As the training loop has it."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def judge(

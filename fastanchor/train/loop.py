@@ -59,12 +59,12 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
         run.describe(device)
     else:
         run.create(config, device)
-    with run.locked(), _cudnn_benchmark():
+    with run.locked(), cudnn_benchmark():
         _run_stages(config, images, run, device, resume, reporter, started)
 
 
 @contextlib.contextmanager
-def _cudnn_benchmark() -> Iterator[None]:
+def cudnn_benchmark() -> Iterator[None]:
     """Let cuDNN try its algorithms for every shape: a training has a handful of them, and thousands of steps."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
