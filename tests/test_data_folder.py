@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastanchor.data import folder
+from fastanchor.data import decode, folder
 from fastanchor.data.sources import load
 from fastanchor.errors import UserError
 
@@ -172,8 +172,8 @@ def test_images_of_many_sizes_with_image_size(root):
 
 def test_limit_opens_the_chosen_files_only(root, monkeypatch):
     opened = []
-    original = folder.open_regular
-    monkeypatch.setattr(folder, "open_regular", lambda path: opened.append(path) or original(path))
+    original = decode.open_regular
+    monkeypatch.setattr(decode, "open_regular", lambda path: opened.append(path) or original(path))
     data = load(f"folder:{root}", limit=6)
     assert len(data.train) + len(data.val) == 6 and len(data.test) == 6
     assert len(set(opened)) == 12

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastanchor.data.resident import ResidentSplit
+from fastanchor.data.simclr import draw_resized_crop_flip, resized_crop
 from fastanchor.data.sources import Split
 from fastanchor.data.views import AUGMENTATIONS, apply_crop_flip, augment, crop_flip, draw_crop_flip, to_float
 from fastanchor.errors import UserError
@@ -204,17 +205,21 @@ def test_augment_kinds():
     kept = images.clone()
     generator = seeded(0)
     state = generator.get_state()
-    assert AUGMENTATIONS == ("crop_flip", "crop", "simclr", "none")
+    assert AUGMENTATIONS == ("crop_flip", "crop", "resized_crop_flip", "simclr", "none")
     assert torch.equal(augment(images, "none", generator), to_float(images))
     assert torch.equal(generator.get_state(), state)
     for kind, flip in (("crop_flip", True), ("crop", False)):
         found = augment(images, kind, seeded(1), pad=2)
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(found, to_float(crop_flip(images, seeded(1), pad=2, flip=flip)))
+    boxes, mirrored = draw_resized_crop_flip(300, 8, 8, seeded(1), scale=(0.08, 1))
+    found = augment(images, "resized_crop_flip", seeded(1))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, resized_crop(images, boxes, mirrored))
     assert torch.equal(images, kept)
     # Without padding "crop" leaves every image as it is and "crop_flip" mirrors some.
     assert torch.equal(augment(images, "crop", generator, pad=0), to_float(images))
     mirrored = (augment(images, "crop_flip", generator, pad=0) != to_float(images)).flatten(1).any(1)
     assert 100 < mirrored.sum() < 200
-    with pytest.raises(UserError, match=r"^augmentation is 'mixup' and must be one of crop_flip, crop, simclr, none$"):
+    with pytest.raises(UserError, match=r"^augmentation is 'mixup' and must be one of crop_flip, crop, resized_crop_flip, simclr, none$"):
         augment(images, "mixup", generator)

@@ -260,11 +260,18 @@ CENTRAL = {(8, 128): (0, 58, 8, 11), (128, 8): (58, 0, 11, 8), (1, 9): (0, 4, 1,
 
 
 @pytest.mark.parametrize("size", CENTRAL)
-def test_where_nothing_fits_the_crop_is_central(size, monkeypatch):
-    monkeypatch.setattr(simclr, "SCALE", (100, 101))
-    boxes = draw_boxes(50, *size, seeded(0))
-    assert boxes.dtype == torch.int64 and boxes.shape == (4, 50)
-    assert (boxes.T == torch.tensor(CENTRAL[size])).all()
+def test_where_nothing_fits_the_crop_is_central(size):
+    for sizes in (size, [torch.full((50,), side) for side in size]):
+        boxes = draw_boxes(50, *sizes, seeded(0), scale=(100, 101))
+        assert boxes.dtype == torch.int64 and boxes.shape == (4, 50)
+        assert (boxes.T == torch.tensor(CENTRAL[size])).all()
+
+
+def test_boxes_of_many_sizes_are_those_of_each_size():
+    sizes = torch.tensor([[32, 32, 40, 7], [32, 48, 30, 90]])
+    together = draw_boxes(4, *sizes, seeded(3))
+    for place, (height, width) in enumerate(sizes.T.tolist()):
+        assert torch.equal(draw_boxes(4, height, width, seeded(3))[:, place], together[:, place])
 
 
 def test_central_crops_equal_torchvision_s(tv):

@@ -6,13 +6,11 @@ Which files are used is settled before the first one is decoded, so that a few i
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from fastanchor.data.arrays import (
     TEST_LIMIT_STREAM,
@@ -23,24 +21,14 @@ from fastanchor.data.arrays import (
     listed,
     random_state,
 )
-from fastanchor.data.files import open_regular, reason, shown
+from fastanchor.data.decode import PIXELS_WORTH_THREADS, BrokenImage, decode, header, threads
+from fastanchor.data.files import reason, shown
 from fastanchor.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-# Pillow would try all its formats, whatever the name says; some of them start other programs.
-FORMATS = ("JPEG", "PNG")
-MAX_PIXELS = 50_000_000  # a tiny file can ask for gigabytes; photographs of data sets stay far below
 PROBED_FILES = 101
 FILES_A_TASK = 64
-# Pillow decodes without the interpreter's lock, but below this size a file is mostly Python's work, and two threads
-# that wait for the lock in turn take longer than one: 32x32 JPEG 107 against 93 us an image, 224x224 252 against 401.
-PIXELS_WORTH_THREADS = 128 * 128
-
 Size = tuple[int, int]  # (H, W)
-
-
-class BrokenImage(Exception):
-    """Why one file cannot be used, as the end of a sentence that begins with its name."""
 
 
 def _scan(folder: Path) -> dict[str, list[str]]:
@@ -76,46 +64,6 @@ def _dangling(entry: os.DirEntry) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """The image with its header read and its pixels not; BrokenImage for whatever fails here or in the body."""
-    try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BrokenImage(f"has {image.width}x{image.height} pixels, more than the allowed {MAX_PIXELS:,}")
-            yield image
-    except BrokenImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise BrokenImage("is not a JPEG or PNG image, or is damaged at its beginning") from error
-    except Exception as error:  # damaged files make the decoders raise almost anything
-        raise BrokenImage(f"cannot be read ({reason(error)})") from error
-
-
-def decode(path: str, image_size: int | None = None) -> np.ndarray:
-    """One JPEG or PNG file as uint8 (H, W, 3), RGB.
-
-    Grey, palette and CMYK images are converted, transparency is dropped, 16-bit grey is scaled to 8 bits. The
-    orientation tag of cameras is ignored, as is the custom for data sets. image_size: the largest centred square,
-    resized to that side length (bilinear with antialiasing): "shorter side to image_size, then centre crop".
-    Raises BrokenImage.
-    """
-    with _opened(path) as image:
-        if image.mode.startswith("I"):
-            levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-            image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if image_size is not None and image.size != (image_size, image_size):
-            side = min(image.size)
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            box = (left, top, left + side, top + side)
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
-        return np.asarray(image)
-
-
 def common_size(paths: Sequence[str]) -> Size:
     """The most frequent (H, W) among about a hundred files spread over all, from their headers alone."""
 
@@ -123,8 +71,8 @@ def common_size(paths: Sequence[str]) -> Size:
         sizes = Counter()
         for path in some:
             try:
-                with _opened(path) as image:
-                    sizes[image.height, image.width] += 1
+                found = header(path)
+                sizes[found.height, found.width] += 1
             except BrokenImage:
                 continue  # told, with its reason, when it is its turn to be decoded
         return sizes
@@ -135,7 +83,7 @@ def common_size(paths: Sequence[str]) -> Size:
 
 
 def _decode_all(
-    paths: list[str], size: Size, image_size: int | None, skip_broken: bool, threads: int
+    paths: list[str], size: Size, image_size: int | None, skip_broken: bool, workers: int
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images (N, H, W, 3), which of them are good (N,), and a sentence on each of the others.
 
@@ -167,7 +115,7 @@ def _decode_all(
         return problems
 
     good, left_out = np.ones(len(paths), bool), []
-    pool = ThreadPoolExecutor(max_workers=threads)
+    pool = ThreadPoolExecutor(max_workers=workers)
     try:
         for problems in pool.map(one_task, range(0, len(paths), FILES_A_TASK)):
             for index, text in problems:
@@ -238,10 +186,10 @@ def read(
 
     stored = common_size(paths["train"])
     size = (image_size, image_size) if image_size else stored
-    threads = min(8, os.cpu_count() or 1) if math.prod(stored) >= PIXELS_WORTH_THREADS else 1
+    workers = threads() if math.prod(stored) >= PIXELS_WORTH_THREADS else 1
     images, left_out = {}, []
     for part in streams:
-        images[part], good, bad = _decode_all(list(paths[part]), size, image_size, skip_broken, threads)
+        images[part], good, bad = _decode_all(list(paths[part]), size, image_size, skip_broken, workers)
         if bad:
             images[part], labels[part] = images[part][good], labels[part][good]
             left_out += [os.path.relpath(path, root) for path in bad]

@@ -43,27 +43,30 @@ class Draw(NamedTuple):
     greyed: Tensor  # bool (B,)
 
 
-def draw_boxes(batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+def draw_boxes(
+    batch: int, height: int | Tensor, width: int | Tensor, generator: torch.Generator, *, scale: tuple[float, float] = SCALE
+) -> Tensor:
     """Crops of images of this size, as torchvision's RandomResizedCrop draws them: int64 (4, batch), see `Draw`.
 
-    The share of the area is uniform in SCALE, the ratio width / height log-uniform in RATIO, sides are rounded. The first of
-    ATTEMPTS that fits is taken, at a uniform place; where none fits, the largest central crop whose ratio is within RATIO.
+    height, width: in pixels, of all images or, int64 (batch,), of each. The share of the area is uniform in `scale`,
+    the ratio width / height log-uniform in RATIO, sides are rounded. The first of ATTEMPTS that fits is taken, at a uniform
+    place; where none fits, the largest central crop whose ratio is within RATIO.
     All attempts are made at once: shapes must not depend on how many it takes.
     """
     shape, device = (ATTEMPTS, batch), generator.device
-    area = torch.empty(shape, device=device).uniform_(*SCALE, generator=generator).mul_(height * width)
+    area = torch.empty(shape, device=device).uniform_(*scale, generator=generator).mul_(height * width)
     ratio = torch.empty(shape, device=device).uniform_(*map(math.log, RATIO), generator=generator).exp_()
     rows, columns = (area / ratio).sqrt_().round_(), (area * ratio).sqrt_().round_()
     fits = (rows >= 1) & (rows <= height) & (columns >= 1) & (columns <= width)
     first, none = fits.float().argmax(0, keepdim=True), ~fits.any(0)
     starts, sides = [], []
-    central = _central_size(height, width)
+    central = central_sizes(height, width) if isinstance(height, Tensor) else _central_size(height, width)
     for side, candidates, fallback in ((height, rows, central[0]), (width, columns, central[1])):
-        taken = candidates.gather(0, first)[0].masked_fill_(none, fallback)
+        taken = torch.where(none, fallback, candidates.gather(0, first)[0])
         free = side - taken
         # Below free + 1: the largest fp32 number below 1, times a whole number, is not rounded up to that number.
         start = torch.rand(batch, generator=generator, device=device).mul_(free + 1).floor_()
-        starts.append(start.masked_fill_(none, (side - fallback) // 2))
+        starts.append(torch.where(none, (side - fallback) // 2, start))
         sides.append(taken)
     return torch.stack(starts + sides).long()
 
@@ -75,6 +78,20 @@ def _central_size(height: int, width: int) -> tuple[int, int]:
     if width / height > widest:
         return height, round(height * widest)
     return height, width
+
+
+def central_sizes(height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """`_central_size` of many images, int64 (B,) each."""
+    sizes = [_central_size(h, w) for h, w in zip(height.tolist(), width.tolist(), strict=True)]
+    return tuple(torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).unbind(1))
+
+
+def draw_resized_crop_flip(
+    batch: int, height: int | Tensor, width: int | Tensor, generator: torch.Generator, *, scale: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Boxes as `draw_boxes` gives them, and mirrored, bool (batch,), true with probability 1/2."""
+    boxes = draw_boxes(batch, height, width, generator, scale=scale)
+    return boxes, torch.rand(batch, generator=generator, device=generator.device) < 0.5
 
 
 def draw_jitter(batch: int, generator: torch.Generator) -> Jitter:
@@ -92,10 +109,9 @@ def draw_jitter(batch: int, generator: torch.Generator) -> Jitter:
     return Jitter(factors.masked_fill_(left, 1), shift.masked_fill_(left, 0), order, before)
 
 
-def draw_simclr(batch: int, height: int, width: int, generator: torch.Generator) -> Draw:
-    """One view of each of `batch` images of this size, drawn on the generator's device."""
-    boxes = draw_boxes(batch, height, width, generator)
-    mirrored = torch.rand(batch, generator=generator, device=generator.device) < 0.5
+def draw_simclr(batch: int, height: int | Tensor, width: int | Tensor, generator: torch.Generator) -> Draw:
+    """One view of each of `batch` images of this size (or these, int64 (batch,)), drawn on the generator's device."""
+    boxes, mirrored = draw_resized_crop_flip(batch, height, width, generator, scale=SCALE)
     jitter = draw_jitter(batch, generator)
     greyed = torch.rand(batch, generator=generator, device=generator.device) < GREY_SHARE
     return Draw(boxes, mirrored, jitter, greyed)
@@ -188,8 +204,13 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 def apply_simclr(images_u8: Tensor, draw: Draw) -> Tensor:
     """The views that `draw` tells of: uint8 (B, H, W, 3) to fp32 (B, 3, H, W) in [0, 1], channels_last."""
-    images = jitter_colours(resized_crop(images_u8, draw.boxes, draw.mirrored), draw.jitter)
-    greyed = draw.greyed.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    return colour(resized_crop(images_u8, draw.boxes, draw.mirrored), draw.jitter, draw.greyed)
+
+
+def colour(images: Tensor, jitter: Jitter, greyed: Tensor) -> Tensor:
+    """Jitter, then grey where told: fp32 (B, 3, H, W) in [0, 1] to the same, channels_last."""
+    images = jitter_colours(images, jitter)
+    greyed = greyed.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
     images = torch.where(greyed, greyscale(images), images)
     return images.contiguous(memory_format=torch.channels_last)
 

@@ -3,6 +3,7 @@
 Every choice (validation split, limit, test split of digits) depends on split_seed alone, never on the training seed.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from fastanchor.data.arrays import (
     random_state,
     stratified_choice,
 )
+from fastanchor.data.encoded import Encoded
 from fastanchor.data.files import shown
 from fastanchor.errors import UserError, did_you_mean
 
@@ -47,6 +49,22 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return tuple(self.images.shape[1:3])
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Those images, uint8 (B, H, W, 3). indices: int64 (B,) on the CPU."""
+        return self.images.index_select(0, indices)
+
+    def digest(self) -> bytes:
+        """A digest of the images and labels, in order."""
+        found = hashlib.blake2b(digest_size=16)
+        for part in (self.images, self.labels):
+            found.update(part.contiguous().numpy())
+        return found.digest()
+
     def subset(self, count: int) -> "Split":
         """At most `count` images, class-stratified, always the same ones."""
         if count >= len(self):
@@ -61,9 +79,9 @@ class ImageSet:
 
     name: str
     class_names: tuple[str, ...]
-    train: Split
-    val: Split
-    test: Split
+    train: Split | Encoded
+    val: Split | Encoded
+    test: Split | Encoded
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,7 +91,7 @@ class ImageSet:
     @property
     def image_shape(self) -> tuple[int, int]:
         """(H, W) in pixels."""
-        return tuple(self.train.images.shape[1:3])
+        return self.train.image_shape
 
 
 def channel_stats(images: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

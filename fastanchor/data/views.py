@@ -8,14 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastanchor.data.simclr import simclr
+from fastanchor.data.simclr import Jitter, colour, draw_resized_crop_flip, resized_crop, simclr
 from fastanchor.errors import UserError
 from fastanchor.ops import images as operators
 from fastanchor.reference.images import apply_crop_flip, to_float
 
-# "crop" is for digits and letters, where a mirror image is another symbol; "simclr" for contrastive recipes.
-AUGMENTATIONS = ("crop_flip", "crop", "simclr", "none")
+# "crop" is for digits and letters, where a mirror image is another symbol; "resized_crop_flip" for photographs of many sizes;
+# "simclr" for contrastive recipes.
+AUGMENTATIONS = ("crop_flip", "crop", "resized_crop_flip", "simclr", "none")
 CROPS = ("crop_flip", "crop")
+# Share of the area that "resized_crop_flip" keeps, torchvision's default and ImageNet's custom.
+RESIZED_SCALE = (0.08, 1.0)
 
 
 class Rows(NamedTuple):
@@ -27,6 +30,35 @@ class Rows(NamedTuple):
     def gather(self) -> Tensor:
         """The images, uint8 (B, H, W, C)."""
         return self.store.index_select(0, self.index)
+
+
+class Colours(NamedTuple):
+    """What is left to do about a view that has been cut out: `simclr.Jitter`'s four draws and who turns grey."""
+
+    factors: Tensor
+    shift: Tensor
+    order: Tensor
+    before: Tensor
+    greyed: Tensor
+
+
+class Prepared(NamedTuple):
+    """Views that a feed has cut out, by name, and the colours of those that have any.
+
+    images: uint8 (B, H, W, 3), or fp32 (B, 3, H, W) in [0, 1].
+    """
+
+    images: dict[str, Tensor]
+    colours: dict[str, Colours]
+
+    def view(self, name: str) -> Tensor:
+        """The finished view: fp32 (B, 3, H, W) in [0, 1], channels_last."""
+        image = self.images[name]
+        image = to_float(image) if image.dtype == torch.uint8 else image
+        if name in self.colours:
+            *jitter, greyed = self.colours[name]
+            return colour(image.contiguous(), Jitter(*jitter), greyed)
+        return image.contiguous(memory_format=torch.channels_last)
 
 
 def draw_crop_flip(batch: int, generator: torch.Generator, *, pad: int = 4, flip: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -53,7 +85,7 @@ def crop_flip(images_u8: Tensor, generator: torch.Generator, *, pad: int = 4, fl
 def augment(images_u8: Tensor | Rows, kind: str, generator: torch.Generator, *, pad: int = 4, fused: bool = False) -> Tensor:
     """One random view of every image: uint8 (B, H, W, C), or the Rows of a store, to fp32 (B, C, H, W) in [0, 1], channels_last.
 
-    kind: one of AUGMENTATIONS; "none" draws nothing, and "simclr" needs RGB and has no `pad`. fused: crop, flip and scale, and
+    kind: one of AUGMENTATIONS; "none" draws nothing, and only crop and crop_flip have a `pad`. fused: crop, flip and scale, and
     the gathering of Rows, by the operator `ops.images.augment`: the same draws and the same bits in one launch. Raises UserError.
     """
     if kind not in AUGMENTATIONS:
@@ -68,6 +100,10 @@ def augment(images_u8: Tensor | Rows, kind: str, generator: torch.Generator, *, 
         images_u8 = images_u8.gather()
     if kind == "simclr":
         return simclr(images_u8, generator)
+    if kind == "resized_crop_flip":
+        height, width = images_u8.shape[1:3]
+        boxes, mirrored = draw_resized_crop_flip(len(images_u8), height, width, generator, scale=RESIZED_SCALE)
+        return resized_crop(images_u8, boxes, mirrored).contiguous(memory_format=torch.channels_last)
     if kind != "none":
         images_u8 = crop_flip(images_u8, generator, pad=pad, flip=kind == "crop_flip")
     return to_float(images_u8)
