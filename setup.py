@@ -38,6 +38,8 @@ DEV = [
     # The kernels' tests: Triton's interpreter and compiler need no GPU.
     "triton==3.7.1; platform_system == 'Linux'",
     "scipy>=1.10",
+    # Its CPU pipelines need no GPU; this build is half the size of the other.
+    "nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux' and platform_machine == 'x86_64'",
     # Models that are not ours, and optimisers to compare with.
     "timm>=1.0,<2",
 ]

@@ -1,14 +1,17 @@
-"""Input pipelines, from stored uint8 images to fp32 batches: the resident split, a DataLoader as public code has it, a ceiling.
+"""Input pipelines, from stored images to fp32 batches: the engine's backends, a DataLoader as public code has it, a ceiling.
 
-Shared by `make bench` and bench.gpu. Every pipeline gives batches of the same shape; the loaders shuffle, crop and mirror.
+Shared by `make bench` and bench.gpu. All give batches of the same shape; all but the ceiling shuffle, crop and mirror.
+A folder of JPEG files is made here too, for the backends that decode.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +19,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastanchor.data import views
+from fastanchor.data import feeds, folder, views
+from fastanchor.data.dali import find_dali
+from fastanchor.data.encoded import Encoded
+from fastanchor.data.order import epoch_order
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split
+from fastanchor.data.stream import FeedSpec
 from fastanchor.ops import images as operators
 
 PAD = 4
@@ -30,9 +37,10 @@ Pass = Callable[[], Batches]
 class Source:
     """What a pipeline feeds from: images of a split in batches, the last incomplete one left out, to a device."""
 
-    split: Split
+    split: Split | Encoded
     batch: int
     device: torch.device
+    augment: str = "crop_flip"
 
     @property
     def images(self) -> int:
@@ -130,6 +138,24 @@ def resident(source: Source, kernels: str = "auto") -> Iterator[Pass]:
 
 
 @contextlib.contextmanager
+def backend(source: Source, name: str, workers: int | None = None, decoder: str = "auto") -> Iterator[Pass]:
+    """A data backend of the engine, one of feeds.BACKENDS, with the views finished as the training step finishes them."""
+    spec = FeedSpec(("aug",), source.augment, source.device, PAD, workers, decoder)
+    with contextlib.closing(feeds.open_feed(name, source.split, spec)) as feed:
+        order = torch.Generator().manual_seed(0)
+
+        def run() -> Batches:
+            indices = epoch_order(source.split.labels, batch_size=source.batch, generator=order, drop_last=True)
+            # Boxes and offsets of one seed: one pass costs as much as another.
+            with contextlib.closing(feed.epoch(indices, source.batch, 0)) as batches:
+                for batch in batches:
+                    prepared, labels = feed.load(*batch)
+                    yield prepared.view("aug"), labels
+
+        yield run
+
+
+@contextlib.contextmanager
 def synthetic(source: Source) -> Iterator[Pass]:
     """One batch again and again: what any pipeline could reach at most."""
     images = views.to_float(source.split.images[: source.batch].to(source.device))
@@ -137,13 +163,47 @@ def synthetic(source: Source) -> Iterator[Pass]:
     yield lambda: ((images, labels) for _ in range(source.images // source.batch))
 
 
-# Another backend (DALI, say) is another line here: a context that gives passes.
 PIPELINES: dict[str, Callable[[Source], contextlib.AbstractContextManager[Pass]]] = {
     "resident": resident,
     "synthetic": synthetic,
+    "dali": functools.partial(backend, name="dali"),
+    "torch_0_workers": functools.partial(backend, name="torch", workers=0),
+    "torch_2_workers": functools.partial(backend, name="torch", workers=2),
     "loader_0_workers": functools.partial(loader, workers=0),
     "loader_2_workers": functools.partial(loader, workers=2),
 }
+# Of images that are JPEG files; "mixed" decodes on the GPU.
+FILE_PIPELINES: dict[str, Callable[[Source], contextlib.AbstractContextManager[Pass]]] = {
+    "dali_cpu": functools.partial(backend, name="dali", decoder="cpu"),
+    "dali_mixed": functools.partial(backend, name="dali", decoder="mixed"),
+    "torch_0_workers": functools.partial(backend, name="torch", workers=0),
+    "torch_2_workers": functools.partial(backend, name="torch", workers=2),
+}
+
+
+def left_out(names: Iterable[str], device: torch.device) -> dict[str, str]:
+    """Why pipelines cannot serve here, by name."""
+    installed, why = find_dali()
+    found = {} if installed else {name: f"DALI is {why}" for name in names if name.startswith("dali")}
+    if device.type != "cuda":
+        found |= {name: "decodes on a GPU, and this is a CPU" for name in names if name.endswith("mixed")}
+    return found
+
+
+@contextlib.contextmanager
+def jpeg_folder(images: int, pixels: int, classes: int = 2) -> Iterator[Encoded]:
+    """The training split of a temporary folder of JPEG files, `pixels` a side: large shapes with fine grain, quality 90."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(prefix="fastanchor-jpeg-") as name:
+        for split, count in (("train", images), ("test", classes)):
+            for number in range(count):
+                place = Path(name, split, f"class {number % classes}")
+                place.mkdir(parents=True, exist_ok=True)
+                shapes = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+                made = np.asarray(shapes.resize((pixels, pixels), Image.Resampling.BICUBIC)).astype(np.int16)
+                made = np.clip(made + rng.integers(-12, 13, made.shape), 0, 255).astype(np.uint8)
+                Image.fromarray(made).save(place / f"{number:05}.jpg", quality=90)
+        yield folder.index(Path(name), image_size=pixels).train
 
 
 def drain(run: Pass) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `fastanchor train | eval | attack | report | compare | doctor`.
+"""The command line: `fastanchor train | eval | attack | report | compare | data | bench-data | doctor`.
 
 Bad input is answered with one line on stderr and exit status 2; an interrupted training says how to go on.
 """
@@ -16,10 +16,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fastanchor import cli_bench, cli_data
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.files import slug
 
-COMMANDS = ("train", "eval", "attack", "report", "compare", "doctor")
+COMMANDS = ("train", "eval", "attack", "report", "compare", "data", "bench-data", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,28 +62,31 @@ def _dispatch(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"fastanchor {__version__}")
     commands = parser.add_subparsers(dest="command", metavar=" | ".join(COMMANDS), required=True, parser_class=_Parser)
     for name, add in (("train", _add_train), ("eval", _add_eval), ("attack", _add_attack), ("report", _add_report),
-                      ("compare", _add_compare), ("doctor", _add_doctor)):  # fmt: skip
+                      ("compare", _add_compare), ("data", cli_data.add_data), ("bench-data", cli_bench.add_bench_data),
+                      ("doctor", _add_doctor)):  # fmt: skip
         add(commands, name)
     settings: list[str] = []
-    if argv[:1] in (["train"], ["compare"]):
-        argv, settings = _split_settings(argv)
+    if argv[:1] in (["train"], ["compare"], ["bench-data"]):
+        argv, settings = _split_settings(argv, cli_bench.OWN_FLAGS if argv[0] == "bench-data" else OWN_FLAGS)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments, settings)
 
 
-SHORT = {"--data": "--data.source", "--limit": "--data.limit", "--skip-broken": "--data.skip-broken"}
+SHORT = {
+    "--data": "--data.source", "--limit": "--data.limit", "--skip-broken": "--data.skip-broken", "--classes": "--data.classes",
+}  # fmt: skip
 OWN_FLAGS = {"--out": 1, "--resume": 1, "--help": 0, "-h": 0}
 
 
-def _split_settings(argv: list[str]) -> tuple[list[str], list[str]]:
+def _split_settings(argv: list[str], own_flags: dict[str, int]) -> tuple[list[str], list[str]]:
     """The command's own arguments, and the configuration's flags (short forms written out) with their values."""
     own, settings = argv[:1], []
     target, room = own, 1  # the positional argument comes first
     for arg in argv[1:]:
         if arg.startswith("--") or arg == "-h":
             name, equals, value = arg.partition("=")
-            if name in OWN_FLAGS:
-                target, room = own, 0 if equals else OWN_FLAGS[name]
+            if name in own_flags:
+                target, room = own, 0 if equals else own_flags[name]
                 own.append(arg)
             else:
                 target, room = settings, sys.maxsize
@@ -186,8 +190,9 @@ def _load(arguments):
         raise UserError(f"--limit = {arguments.limit}: must be >= 1")
     data = trained.config.data
     if arguments.data:
-        size = data.image_size if arguments.data.startswith("folder:") else None
-        data = dataclasses.replace(data, source=arguments.data, limit=None, image_size=size)
+        folder = arguments.data.startswith("folder:")
+        size, classes = (data.image_size, data.classes) if folder else (None, None)
+        data = dataclasses.replace(data, source=arguments.data, limit=None, image_size=size, classes=classes, labels=None)
     data = dataclasses.replace(data, skip_broken=data.skip_broken or arguments.skip_broken)
     return trained, load_images(dataclasses.replace(trained.config, data=data)), device
 

@@ -35,7 +35,14 @@ Number = Annotated[
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "digits"
-    """digits | cifar10 | cifar100 | folder:PATH | npz:PATH | synthetic"""
+    """digits | cifar10 | cifar100 | cifar100:coarse | folder:PATH | packed:PATH | npz:PATH | synthetic"""
+    backend: Literal["auto", "resident", "dali", "torch"] = "auto"
+    """How batches reach the device. resident: the whole set on it as uint8 | dali: NVIDIA DALI | torch: worker processes with
+    Pillow | auto: resident where the set fits, else dali where it is installed, else torch."""
+    workers: int | None = None
+    """Threads (dali) or processes (torch) that decode (None: one a core, at most 16)."""
+    decoder: Literal["auto", "cpu", "mixed"] = "auto"
+    """Where dali decodes files: cpu | mixed: on the GPU | auto: mixed for a GPU."""
     root: str | None = None
     """Folder of downloaded archives (default: $FASTANCHOR_DATA, or ~/.cache/fastanchor)."""
     limit: int | None = None
@@ -47,11 +54,25 @@ class DataConfig:
     skip_broken: bool = False
     """Leave unreadable images of a folder out (counted and listed) instead of stopping."""
     image_size: int | None = None
-    """Resize the images of a folder to this many pixels a side."""
+    """Side in pixels of the images made of a folder's: the largest centred square, resized."""
+    classes: str | None = None
+    """File that lists the classes of a folder to use, one a line: a subset of ImageNet, say."""
+    labels: str | None = None
+    """CSV of file,class to check a folder against."""
+    sampler: Literal["shuffle", "class_balanced", "m_per_class"] = "shuffle"
+    """shuffle: every image once an epoch | class_balanced: every class equally often | m_per_class: batches of per_class images
+    each of batch_size / per_class classes, for contrastive losses."""
+    per_class: int = 4
+    """Images a class in a batch of the sampler m_per_class."""
+    extra: str | None = None
+    """npz of more training images, generated ones say (memory-mapped), mixed into every batch."""
+    extra_share: Number = 0.7
+    """Share of a batch that comes from `extra`; an epoch is one pass over the other images."""
     download: bool = False
     """Download a missing archive (needs the extra `vision`)."""
-    augment: Literal["crop_flip", "crop", "simclr", "none"] = "crop_flip"
-    """Training augmentation: zero-padded crop, with horizontal flip; simclr: resized crop, flip, colour jitter, greyscale."""
+    augment: Literal["crop_flip", "crop", "resized_crop_flip", "simclr", "none"] = "crop_flip"
+    """Training augmentation: zero-padded crop, with horizontal flip; resized_crop_flip: a crop of 8 to 100 % of the area,
+    resized, and a flip, the custom for ImageNet; simclr: resized crop, flip, colour jitter, greyscale."""
     pad: int = 4
     """Padding of the random crop in pixels."""
 
@@ -59,9 +80,10 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     name: str = "resnet18"
-    """resnet18 | preactresnet18 | wrn28_10 | wrn34_10 | wrnDEPTH_WIDTH; all with the CIFAR stem (3x3, stride 1, no max-pool)."""
+    """resnet18 | preactresnet18 | wrn28_10 | wrn34_10 | wrnDEPTH_WIDTH, with the CIFAR stem (3x3, stride 1, no max-pool) |
+    resnet50, with the ImageNet stem (7x7, stride 2, max-pool)."""
     width: int | None = None
-    """Channels of the first stage (None: as published, 64 for the ResNet-18s, 16 for the wide nets)."""
+    """Channels of the first stage (None: as published, 64 for the ResNets, 16 for the wide nets)."""
     head: Literal["mlp", "linear", "identity"] = "mlp"
     """Projection head of the contrastive loss; identity applies the loss to the backbone's features."""
     head_hidden: int = 512
@@ -256,6 +278,9 @@ RANGES: dict[str, tuple[Any, str]] = {
     "data.split_seed": _not_negative,
     "data.image_size": (lambda v: v >= 8, ">= 8"),
     "data.pad": _not_negative,
+    "data.workers": _not_negative,
+    "data.per_class": _at_least_one,
+    "data.extra_share": (lambda v: 0 < v < 1, "in (0, 1)"),
     "model.width": _at_least_one,
     "model.head_hidden": _at_least_one,
     "model.head_dim": _at_least_one,

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from fastanchor import environment
+from fastanchor.data.dali import find_dali
 from fastanchor.ops import folding, images
 from fastanchor.ops.supcon import serves
 from fastanchor.ops.verified import SWITCH
@@ -20,6 +21,7 @@ OPTIONAL = (
     ("matplotlib", "the report's figures", 'pip install "fastanchor[plots]"'),
     ("tensorboard", "TensorBoard events", 'pip install "fastanchor[tensorboard]"'),
     ("torchvision", "downloading CIFAR archives", 'pip install "fastanchor[vision]"'),
+    ("nvidia.dali", "image files and sets that do not fit the device", 'pip install "fastanchor[dali]", CUDA 13: [dali-cuda13]'),
 )
 
 
@@ -29,12 +31,16 @@ def diagnose() -> dict:
     return {
         **environment.describe(device),
         "devices": _devices(),
-        "optional": [
-            {"package": name, "use": use, "installed": importlib.util.find_spec(name) is not None, "get": get}
-            for name, use, get in OPTIONAL
-        ],
+        "optional": [{"package": name, "use": use, "installed": _installed(name), "get": get} for name, use, get in OPTIONAL],
         "backends": backends(device),
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it is a part of
+        return False
 
 
 def backends(device: torch.device) -> list[dict[str, str]]:
@@ -43,8 +49,14 @@ def backends(device: torch.device) -> list[dict[str, str]]:
     supcon, supcon_why = serves(torch.empty(1, 128, device=device), beta=torch.zeros((), device=device))
     bf16, bf16_reason = _bf16(device)
     _, apex = find_apex()
+    dali, dali_why = find_dali()
     return [
-        {"part": "data", "backend": "resident", "why": "the whole set is kept on the device as uint8"},
+        {
+            "part": "data",
+            "backend": f"resident, else {'dali' if dali else 'torch'}",
+            "why": f"a set that fits is kept on the device as uint8; for files and larger ones: {dali_why}; "
+            "`fastanchor bench-data` measures them",
+        },
         {
             "part": "attack",
             "backend": "graphed" if device.type == "cuda" else "eager",

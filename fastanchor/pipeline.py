@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from fastanchor import environment
 from fastanchor.config import Config
-from fastanchor.data import sources
-from fastanchor.data.resident import ResidentSplit
+from fastanchor.data import feeds, sources
+from fastanchor.data.encoded import Encoded
+from fastanchor.data.extra import read_extra
+from fastanchor.data.judged import judged_split
 from fastanchor.data.sources import ImageSet
 from fastanchor.errors import UserError
 from fastanchor.evaluate.autoattack import require_autoattack
@@ -24,10 +27,17 @@ from fastanchor.train.run import RunDir, Trained, load_trained
 def load_images(config: Config) -> ImageSet:
     """The data set of a configuration."""
     data = config.data
-    return sources.load(
+    images = sources.load(
         data.source, root=data.root, limit=data.limit, val_fraction=data.val_fraction, split_seed=data.split_seed,
-        skip_broken=data.skip_broken, image_size=data.image_size, download=data.download,
+        skip_broken=data.skip_broken, image_size=data.image_size, download=data.download, classes=data.classes,
+        labels=data.labels, backend=data.backend, budget=feeds.budget(environment.pick_device(config.device)),
+        augment=data.augment,
     )  # fmt: skip
+    if data.extra is None:
+        return images
+    if isinstance(images.train, Encoded):
+        raise UserError("data.extra: is mixed into decoded images only; add --data.backend resident")
+    return dataclasses.replace(images, extra=read_extra(Path(data.extra), images.num_classes, images.image_shape))
 
 
 def train_and_judge(config: Config, run: RunDir, *, resume: bool, reporter: Reporter) -> list[dict]:
@@ -71,7 +81,7 @@ def judge(
             f"note: the model's classes are {_names(trained.class_names)}; {images.name} has {_names(images.class_names)}"
         )
     limit = limit or trained.config.eval.limit
-    test = ResidentSplit(images.test if limit is None else images.test.subset(limit), device)
+    test = judged_split(images.test if limit is None else images.test.subset(limit), device)
     about = {
         "checkpoint": str(trained.path), "stage": trained.state["stage"], "epoch": trained.state["epoch"],
         "data": images.name,

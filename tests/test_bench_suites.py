@@ -25,6 +25,7 @@ from bench import cases, compare, data_cases, gpu_data, naive, naive_loop, test_
 from bench import conftest as suites
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.results import Results
+from fastanchor import pipes
 from fastanchor.data import views
 from fastanchor.data.sources import Split
 from fastanchor.graphs import use_recorder
@@ -96,8 +97,12 @@ def test_the_loaders_draws_are_uniform(make):
     assert sum((counts[outcome] - expected) ** 2 / expected for outcome in known.values()) < 161 + 5 * 18
 
 
-@pytest.mark.parametrize("name", ["resident", "loader_0_workers", "loader_2_workers"])
+@pytest.mark.parametrize(
+    "name", ["resident", "dali", "torch_0_workers", "torch_2_workers", "loader_0_workers", "loader_2_workers"]
+)
 def test_a_pipelines_pass_gives_every_image_once_and_its_own_label(name):
+    if why := data_cases.left_out([name], CPU):
+        pytest.skip(why[name])
     images, _ = cases.make_batch(12, 12, CPU)
     source = data_cases.Source(Split(images, torch.arange(12)), 4, CPU)
     assert source.images == 12
@@ -119,7 +124,7 @@ def test_incomplete_batches_are_left_out_by_all_pipelines():
     source = data_cases.Source(Split(*cases.make_batch(11, 8, CPU)), 4, CPU)
     assert source.images == 8
     for name, make in data_cases.PIPELINES.items():
-        if name != "loader_2_workers":
+        if not name.endswith("_2_workers") and name not in data_cases.left_out([name], CPU):
             with make(source) as run:
                 assert data_cases.drain(run) == 8, name
 
@@ -342,8 +347,8 @@ def test_all_suites_run_in_order_and_write_one_file(tmp_path):
     assert names[:2] == ["test_attack[fp32]", "test_attack[bf16]"] and set(names[2:6]) == set(steps)
     kinds = list(dict.fromkeys(name.partition("[")[0] for name in names))
     assert kinds == [
-        "test_attack", "test_whole_step", "test_epoch", "test_robust_accuracy", "test_pipeline", "test_loss", "test_attack_update",
-        "test_augmentation",
+        "test_attack", "test_whole_step", "test_epoch", "test_robust_accuracy", "test_pipeline", "test_files", "test_loss",
+        "test_attack_update", "test_augmentation",
     ]  # fmt: skip
     by_name = {entry["name"]: entry["extra_info"] for entry in found["benchmarks"]}
     for name in ("test_attack[fp32]", "test_attack[bf16]", *steps):
@@ -415,8 +420,9 @@ def test_the_gpu_runs_data_part_feeds_the_step_by_every_pipeline(tmp_path):
     rows = bench.results.rows("data")
     assert not [row for row in rows if "error" in row] and set(multiprocessing.active_children()) == before
     assert [row["name"] for row in rows if row.get("left_out") == NEEDS_CUDA] == ["resident, kernel"]
-    loaders = ["resident, plain torch", "DataLoader, 0 workers", "DataLoader, 2 workers"]
-    alone = {row["name"]: row for row in rows if row.get("how") == "alone"}
+    engines = ["dali"] * (not data_cases.left_out(["dali"], CPU)) + ["torch, 2 workers"]
+    loaders = ["resident, plain torch", *engines, "DataLoader, 0 workers", "DataLoader, 2 workers"]
+    alone = {row["name"]: row for row in rows if row.get("how") == "alone" and "ms" in row}
     fed = {row["name"]: row for row in rows if row.get("how") == gpu_data.HOW}
     assert list(alone) == [gpu_data.CEILING, *loaders] and list(fed) == [gpu_data.ALONE, *loaders, gpu_data.WITHIN]
     for row in (*alone.values(), *fed.values()):
@@ -426,14 +432,28 @@ def test_the_gpu_runs_data_part_feeds_the_step_by_every_pipeline(tmp_path):
         # Of time over the step's, where ratio is the step's time over that.
         expected = [100 * (1 / ratio - 1) for ratio in reversed(row["ratio_range"])]
         assert row["cost_percent_range"] == pytest.approx(expected)
+    # Two dozen images fit into memory.
+    (chosen,) = [row for row in rows if "chosen" in row]
+    assert chosen["name"] == gpu_data.WITHIN and "fit into memory" in chosen["chosen"] and chosen["target_percent"] == 2
+    assert chosen["within_target"] == (chosen["cost_percent"] < 2)
+    files = {row["name"]: row for row in rows if row.get("how") == gpu_data.FILES}
+    assert "GPU" in files["dali, mixed"]["left_out"] or "DALI" in files["dali, mixed"]["left_out"]
+    measured = [name for name, row in files.items() if "ms" in row]
+    assert measured == ["dali, cpu"] * ("dali" in engines) + ["torch, 0 workers", "torch, 2 workers"]
+    assert {files[name]["pixels"] for name in measured} == {32}
 
 
-def test_what_workers_had_ready_is_not_timed(monkeypatch):
-    events = []
-    feed = gpu_data.Feed(lambda: events.append("take") or (), workers=3)
-    monkeypatch.setattr(gpu_data, "seconds", lambda call, device, count: events.append(f"timed {count}") or call() or 0.5)
-    assert gpu_data._turn(SimpleNamespace(device=CPU), feed, lambda: events.append("use"), 7) == 0.5
-    assert events == ["take"] * 6 + ["take", "use"] * 3 + ["timed 7", "take", "use"]
+def test_a_folder_of_jpeg_files_is_what_it_says():
+    with data_cases.jpeg_folder(6, 40) as split:
+        paths = [Path(split.name(i)) for i in range(6)]
+        assert [path.is_file() for path in paths] == [True] * 6 and split.image_shape == (40, 40) and len(split) == 6
+        images = split.images.double()
+        with Image.open(paths[0]) as image:
+            assert image.format == "JPEG" and image.size == (40, 40)
+    assert not any(path.exists() for path in paths)
+    # Pictures, not noise: neighbours are much closer than pixels far apart, and no two images are the same.
+    near, far = (images[:, :, n:] - images[:, :, :-n] for n in (1, 20))
+    assert near.abs().mean() < 0.5 * far.abs().mean() and len(images.flatten(1).unique(dim=0)) == 6
 
 
 class Loader:
@@ -464,9 +484,9 @@ def test_a_loader_costs_what_it_costs_in_the_long_run(monkeypatch, making, step)
             call()
         return (loader.now - started) / count
 
-    monkeypatch.setattr(gpu_data, "seconds", seconds)
+    monkeypatch.setattr(pipes, "seconds", seconds)
     bench = SimpleNamespace(device=CPU, quick=False, rounds=5)
-    found = gpu_data._take_turns(bench, {"loader": (gpu_data.Feed(loader.take, workers=8), use)})["loader"]
+    found = gpu_data._take_turns(bench, {"loader": (pipes.Pipe(loader.take, workers=8, ready=16), use)})["loader"]
     assert found == pytest.approx([max(making / 8, step)] * 5, rel=0.03)
 
 
@@ -477,7 +497,7 @@ def test_the_step_that_is_fed_with_views_is_the_engines(tmp_path):
     images, labels = cases.make_batch(4, 16, CPU)
     models = [cases.make_model(4, CPU) for _ in range(2)]
     usual, given = (cases.make_step(config, model, CPU) for model in models)
-    given.make_views = lambda images, labels: gpu_data._views_of(given, images, labels)
+    given.load = gpu_data.prepared
     usual(images, labels, progress=0.0)
     given(views.to_float(images), labels, progress=0.0)
     for found, expected in zip(models[1].state_dict().values(), models[0].state_dict().values(), strict=True):
@@ -501,5 +521,6 @@ def test_a_batch_size_that_does_not_fit_in_the_time_is_left_out(tmp_path, monkey
     bench = make_bench(tmp_path)
     bench.quick, bench.deadline = False, 0.0
     gpu_data.run(bench)
-    (row,) = bench.results.rows("data")
+    row, files = bench.results.rows("data")
     assert row["batch"] == 4 and "s were left" in row["left_out"]
+    assert files["how"] == gpu_data.FILES and "s were left" in files["left_out"]

@@ -74,7 +74,8 @@ def official_files(name, module="numpy.core.multiarray"):
         part[0].append(images)
         part[1].extend(labels)
     names = [f"class {i}" for i in range(classes)]
-    files[edition.meta] = py2_dict(**{edition.names_key: py2_list([py2_string(entry) for entry in names])})
+    groups = {"coarse_label_names": py2_list([py2_string(f"group {i}") for i in range(20)])} if name == "cifar100" else {}
+    files[edition.meta] = py2_dict(**{edition.names_key: py2_list([py2_string(entry) for entry in names])}, **groups)
     return files, {part: (np.concatenate(images), np.array(labels)) for part, (images, labels) in truth.items()}, names
 
 
@@ -143,6 +144,29 @@ def test_images_labels_and_names_as_published(publish, tmp_path, name, form, mod
     found_images, found_labels = in_order(data)
     assert np.array_equal(found_images, images[order]) and np.array_equal(found_labels, labels[order])
     assert list(tmp_path.iterdir()) == [tmp_path / getattr(cifar.EDITIONS[name], form)]  # nothing was extracted
+
+
+def test_coarse_labels_of_cifar100(publish, tmp_path):
+    files, truth, _ = official_files("cifar100")
+    publish("cifar100", files)
+    coarse, fine = load("cifar100:coarse", root=tmp_path), load("cifar100", root=tmp_path)
+    assert coarse.class_names == tuple(f"group {i}" for i in range(20)) and coarse.name == "cifar100:coarse"
+    assert np.array_equal(coarse.test.images.numpy(), truth["test"][0])
+    assert np.array_equal(coarse.test.labels.numpy(), truth["test"][1] % 20)
+    assert np.array_equal(coarse.test.labels.numpy(), fine.test.labels.numpy() % 20)
+    images, labels = truth["train"]
+    order = np.lexsort(images.reshape(len(images), -1)[:, :4].T)
+    assert np.array_equal(in_order(coarse)[1], labels[order] % 20)
+    text = refusal(tmp_path, "cifar100:course")
+    assert text == ("data source 'cifar100:course' must be one of cifar100, cifar100:coarse; did you mean 'cifar100:coarse'?")
+    with pytest.raises(ValueError, match="cifar10 has no coarse labels"):
+        cifar.read("cifar10", tmp_path, coarse=True)
+
+
+def test_coarse_labels_that_are_not_there(publish, tmp_path):
+    files = official_files("cifar100")[0]
+    publish("cifar100", {**files, "meta": py2_dict(fine_label_names=py2_list([py2_string("x")]))})
+    assert "'coarse_label_names' must be a list of class names" in refusal(tmp_path, "cifar100:coarse")
 
 
 def test_root_from_the_environment(publish, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Image folders: real JPEG and PNG files of every kind, good and bad."""
 
+import dataclasses
 import io
 import os
+import pickle
 import shutil
 import struct
 import tempfile
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastanchor.data import decode, folder
@@ -151,12 +154,13 @@ def test_image_size_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
     wide[:, 20:40], wide[:, 40:] = (50, 100, 150), 255
     image = Image.fromarray(wide)
     image.save(tmp_path / "x.png")
-    found = folder.decode(str(tmp_path / "x.png"), 10)  # its outermost columns mix with the neighbouring colours
-    assert found.shape == (10, 10, 3) and np.all(found[:, 1:-1] == (50, 100, 150))
+    found = folder.decode(str(tmp_path / "x.png"), 10)
+    assert found.shape == (10, 10, 3) and np.all(found == (50, 100, 150))
     smooth = Image.fromarray(picture(3, (5, 4))).resize((120, 150), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "y.png")
     reference = np.asarray(smooth.resize((40, 50), Image.Resampling.BILINEAR))[5:45]
-    assert np.array_equal(folder.decode(str(tmp_path / "y.png"), 40), reference)
+    found = folder.decode(str(tmp_path / "y.png"), 40)
+    assert np.array_equal(found[1:-1], reference[1:-1])  # in the outermost rows that one mixes in what lies outside
 
 
 def test_images_of_many_sizes_with_image_size(root):
@@ -218,9 +222,9 @@ def gif():
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "is not a JPEG or PNG image, or is damaged at its beginning"),
-        (b"plain text", "is not a JPEG or PNG image"),
-        (gif(), "is not a JPEG or PNG image"),
+        (b"", "is empty, with 0 bytes where a JPEG or PNG image should be"),
+        (b"plain text", "is not a JPEG or PNG image, or is damaged at its beginning"),
+        (gif(), "is not a JPEG or PNG image but GIF, whatever its name says"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 6\n", "is not a JPEG or PNG image"),
         (jpeg()[:700], "cannot be read (image file is truncated"),
         (png(5, 6, b"\0\0\0"), "cannot be read (image file is truncated"),
@@ -401,3 +405,147 @@ def test_unreadable_file_and_folder(ordinary_user):
     with pytest.raises(UserError, match="cannot be looked at: Permission denied"):
         load("cifar10", root=ordinary_user / "train" / "deeper")
     (ordinary_user / "train").chmod(0o700)
+
+
+# Images that stay files
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of JPEG and PNG files of many sizes, 40 in train and 12 in test; numbers are the places in sorted order."""
+    base = tmp_path / "photos"
+    for part, count in (("train", 20), ("test", 6)):
+        for label, name in enumerate(("cat", "dog")):
+            (base / part / name).mkdir(parents=True)
+            for i in range(count):
+                place = label * count + i
+                image = Image.fromarray(picture(place, (24 + place % 5, 20 + place % 7)))
+                image.save(base / part / name / f"{i:02}.{'png' if i % 3 else 'jpg'}")
+    return base
+
+
+def names(split):
+    return [split.name(i) for i in range(len(split))]
+
+
+def test_headers_tell_sizes_and_odd_files(photos):
+    Image.fromarray(picture(3, (40, 30))).convert("CMYK").save(photos / "train" / "cat" / "03.jpg")
+    (photos / "train" / "cat" / "03.png").unlink(missing_ok=True)
+    Image.fromarray(picture(4)[..., 0]).save(photos / "test" / "dog" / "01.png")
+    found = folder.index(photos, image_size=16)
+    assert found.class_names == ("cat", "dog") and found.notes == () and len(found.train) == 40 and len(found.test) == 12
+    assert names(found.train) == sorted(str(path) for path in (photos / "train").rglob("*.*"))
+    for split in (found.train, found.test):
+        sizes, odd = [], []
+        for name in names(split):
+            with Image.open(name) as image:
+                sizes.append((image.height, image.width))
+                odd.append(image.mode != "RGB")
+        assert split.sizes.dtype == torch.int64 and split.sizes.T.tolist() == [list(size) for size in sizes]
+        assert split.odd.tolist() == odd and sum(odd) == 1
+        assert split.labels.dtype == torch.int64 and split.labels.tolist() == ["dog" in name for name in names(split)]
+        assert split.image_shape == (16, 16) and split.read(5) == Path(split.name(5)).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{}, {"limit": 12}, {"limit": 12, "split_seed": 7}, {"skip_broken": True}])
+def test_encoded_and_decoded_hold_the_same_files_in_the_same_splits(photos, settings):
+    if "skip_broken" in settings:
+        truncate(photos / "train" / "cat" / "07.png", 600)  # whole at its beginning
+        truncate(photos / "train" / "dog" / "02.png", 4)
+        for path in (photos / "test" / "dog").iterdir():
+            truncate(path, 500)
+        for part in ("train", "test"):
+            shutil.copytree(photos / part / "cat", photos / part / "emu")
+    for val_fraction in (0.1, 0.4):
+        wanted = {"image_size": 16, "val_fraction": val_fraction, **settings}
+        kept = load(f"folder:{photos}", backend="torch", **wanted)
+        held = load(f"folder:{photos}", backend="resident", **wanted)
+        assert kept.class_names == held.class_names == (("cat", "emu") if "skip_broken" in settings else ("cat", "dog"))
+        for part in ("train", "val", "test"):
+            encoded, decoded = getattr(kept, part), getattr(held, part)
+            assert torch.equal(encoded.labels, decoded.labels) and len(encoded.sizes[0]) == len(encoded.odd) == len(encoded)
+            assert torch.equal(encoded.images, decoded.images) and torch.equal(encoded.gather([-1, 0]), decoded.images[[-1, 0]])
+        assert not set(names(kept.train)) & set(names(kept.val))
+        checked = [note for note in kept.notes if note.startswith("Checked")]
+        assert [note for note in kept.notes if note not in checked] == list(held.notes)
+        assert checked == (["Checked 78 files by decoding each once."] if "skip_broken" in settings else [])
+
+
+def test_square_files_of_one_size_need_no_image_size(tmp_path):
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.fromarray(picture(i, (9, 9))).save(tmp_path / part / name / f"{i}.png")
+    found = folder.index(tmp_path)
+    assert found.train.image_size == 9 and torch.equal(found.test.images, torch.from_numpy(folder.read(tmp_path).test_images))
+    odd = tmp_path / "test" / "b" / "1.png"
+    Image.fromarray(picture(1, (9, 8))).save(odd)
+    text = refusal(tmp_path, backend="dali")
+    assert f"{str(odd)!r} is 9x8 where 9x9 is expected (--data.image-size N resizes all images); --data.skip-broken" in text
+    assert folder.index(tmp_path, skip_broken=True).notes == (
+        "Checked 12 files by decoding each once.", "Left out 1 broken or odd-sized file: 'test/b/1.png'.",
+    )  # fmt: skip
+
+
+def test_oblong_files_need_an_image_size(root):
+    text = refusal(root, backend="torch")
+    assert "has images of 6x5, and images that are kept as files are made square: --data.image-size N says their side" in text
+    assert load(f"folder:{root}", backend="auto").image_shape == SIZE
+
+
+def test_broken_header_is_named_and_a_truncated_file_when_its_turn_comes(photos):
+    cut = photos / "test" / "dog" / "05.png"
+    truncate(cut, 600)
+    data = load(f"folder:{photos}", backend="dali", image_size=16)
+    with pytest.raises(UserError, match=r"dog/05.png' cannot be read \(.*truncated.*--data.skip-broken leaves such files out"):
+        data.test.decode(range(len(data.test)))
+    truncate(cut, 10)
+    assert f"{str(cut)!r} is not a JPEG or PNG image, or is damaged" in refusal(photos, backend="dali", image_size=16)
+    cut.unlink()
+    os.mkfifo(cut)
+    assert f"{str(cut)!r} cannot be read (is not a regular file)" in refusal(photos, backend="dali", image_size=16)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_headers_read_in_threads_or_not(photos, slow):
+    chosen = dataclasses.replace(folder.choose(photos), slow=slow)
+    found = folder.indexed(chosen, skip_broken=False, image_size=16)
+    assert torch.equal(found.train.sizes, folder.index(photos, image_size=16).train.sizes)
+    truncate(photos / "train" / "cat" / "04.png", 9)
+    truncate(photos / "train" / "cat" / "02.png", 9)
+    with pytest.raises(UserError, match=r"cat/02.png"):
+        folder.indexed(chosen, skip_broken=False, image_size=16)
+
+
+def test_store_of_files(tmp_path):
+    odd = os.fsdecode(b"caf\xe9 \xff.jpg")
+    paths = [
+        str(tmp_path / "b" / odd),
+        str(tmp_path / "a" / "1.jpg"),
+        str(tmp_path / "b" / "日本.png"),
+        str(tmp_path / "b" / "1.jpg"),
+    ]
+    for number, path in enumerate(paths):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Path(path).write_bytes(bytes([number] * (number + 5)))
+    store = folder.Files(paths)
+    again = pickle.loads(pickle.dumps(store))
+    for one in (store, again):
+        assert len(one) == 4 and [one.name(i) for i in range(4)] == paths
+        assert [one.read(i) for i in range(4)] == [bytes([n] * (n + 5)) for n in range(4)]
+    assert again.digest() == store.digest() == folder.Files(paths).digest()
+    assert folder.Files(paths[::-1]).digest() != store.digest()
+    shutil.copytree(tmp_path / "a", tmp_path / "moved" / "a")
+    shutil.copytree(tmp_path / "b", tmp_path / "moved" / "b")
+    moved = folder.Files([path.replace(str(tmp_path), str(tmp_path / "moved")) for path in paths])
+    assert moved.digest() == store.digest()  # the same folder elsewhere
+    Path(paths[2]).write_bytes(b"longer than before")
+    assert folder.Files(paths).digest() != store.digest()
+    Path(paths[2]).unlink()
+    assert folder.Files(paths).digest() != store.digest()
+    with pytest.raises(folder.BrokenImage, match="No such file"):
+        store.read(2)
+    many = folder.Files([f"/data/train/n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(20_000)])
+    assert len(pickle.dumps(many)) < 40 * len(many)
+    assert len(folder.Files([])) == 0 and folder.Files([]).digest() != store.digest()

@@ -221,5 +221,7 @@ def test_augment_kinds():
     assert torch.equal(augment(images, "crop", generator, pad=0), to_float(images))
     mirrored = (augment(images, "crop_flip", generator, pad=0) != to_float(images)).flatten(1).any(1)
     assert 100 < mirrored.sum() < 200
-    with pytest.raises(UserError, match=r"^augmentation is 'mixup' and must be one of crop_flip, crop, resized_crop_flip, simclr, none$"):
+    with pytest.raises(
+        UserError, match=r"^augmentation is 'mixup' and must be one of crop_flip, crop, resized_crop_flip, simclr, none$"
+    ):
         augment(images, "mixup", generator)

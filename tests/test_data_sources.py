@@ -3,15 +3,20 @@
 import os
 import random
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from fastanchor.data.arrays import stratified_choice
-from fastanchor.data.sources import ImageSet, Split, channel_stats, load
+from fastanchor.data import folder, sources
+from fastanchor.data.arrays import Arrays, stratified_choice
+from fastanchor.data.encoded import Encoded
+from fastanchor.data.sources import ImageSet, Split, channel_stats, image_stats, load, why_encoded
 from fastanchor.errors import UserError
 
 
@@ -64,12 +69,22 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     ("source", "parts"),
     [
-        ("cifar-10", ["'cifar-10'", "digits, cifar10, cifar100, folder:PATH, npz:PATH, synthetic", "did you mean 'cifar10'?"]),
+        (
+            "cifar-10",
+            [
+                "'cifar-10'",
+                "digits, cifar10, cifar100, cifar100:coarse, folder:PATH, packed:PATH, npz:PATH, synthetic",
+                "did you mean 'cifar10'?",
+            ],
+        ),
         ("foldr:/data/x", ["did you mean 'folder'?"]),
         ("Digits", ["did you mean 'digits'?"]),
         ("folder", ["names no path", "must be folder:PATH"]),
         ("npz:", ["names no path", "must be npz:PATH"]),
         ("digits:8", ["'digits:8'", "takes no path"]),
+        ("packed", ["names no path", "must be packed:PATH"]),
+        ("cifar100:", ["'cifar100:' must be one of cifar100, cifar100:coarse"]),
+        ("cifar10:coarse", ["'cifar10:coarse' must be 'cifar10' alone"]),
     ],
 )
 def test_unknown_source_is_told_with_the_list_and_the_nearest(source, parts):
@@ -91,7 +106,10 @@ def test_nothing_near_gives_no_guess():
         ({"split_seed": -1}, "split_seed is -1 and must lie in [0, 4294967295]"),
         ({"limit": 0}, "limit is 0 and must be a positive number of images"),
         ({"limit": 19}, "limit is 19 and must be at least 20, two images for each of 10 classes"),
-        ({"image_size": 8}, "image_size is 8, and it must be left out for synthetic: it resizes folder: images only"),
+        (
+            {"image_size": 8},
+            "image_size is 8, and it must be left out for synthetic: it resizes images of folder: and packed: only",
+        ),
     ],
 )
 def test_settings_out_of_range(settings, text):
@@ -336,6 +354,182 @@ def test_npz_array_header_that_is_no_header(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("train_images.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((((\n")
     assert "train_images cannot be read as .npz data" in refusal(f"npz:{path}")
+
+
+# Decoded or encoded
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of square JPEG files of 40 pixels, 30 each in train and 5 in test."""
+    for part, count in (("train", 30), ("test", 5)):
+        for label, name in enumerate(("a", "b")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.RandomState(100 * label + i).randint(0, 256, (5, 5, 3)).astype(np.uint8)
+                image = Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC)
+                image.save(tmp_path / part / name / f"{i:02}.jpg")
+    return f"folder:{tmp_path}"
+
+
+NEEDED = 70 * 40 * 40 * 3  # bytes of all of them
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "decoded into memory: 0 MB of uint8"),
+        ({"budget": NEEDED}, "decoded into memory: 0 MB of uint8"),
+        (
+            {"budget": NEEDED - 1},
+            "kept as JPEG and PNG files: 0 MB of uint8 are more than the 0 MB of uint8 that there is room for",
+        ),
+        ({"budget": NEEDED - 1, "limit": 20}, "decoded into memory"),
+        ({"budget": 70 * 16 * 16 * 3, "image_size": 16}, "decoded into memory"),
+        ({"budget": 0, "backend": "resident", "augment": "simclr", "image_size": 16}, "decoded into memory"),
+        ({"backend": "dali"}, "kept as JPEG and PNG files: the dali backend decodes them batch by batch"),
+        ({"backend": "torch"}, "kept as JPEG and PNG files: the torch backend decodes them batch by batch"),
+        ({"augment": "simclr"}, "decoded into memory"),
+        ({"augment": "simclr", "image_size": 40}, "decoded into memory"),
+        ({"augment": "simclr", "image_size": 50}, "decoded into memory"),
+        ({"augment": "crop_flip", "image_size": 16}, "decoded into memory"),
+        (
+            {"augment": "resized_crop_flip", "image_size": 39},
+            "kept as JPEG and PNG files: the crops of resized_crop_flip are taken from the stored images, which are larger",
+        ),
+        ({"augment": "simclr", "image_size": 16}, "kept as JPEG and PNG files: the crops of simclr"),
+    ],
+)
+def test_a_folder_is_decoded_or_kept_for_a_reason(photos, settings, why):
+    data = load(photos, **settings)
+    assert data.why.startswith(why)
+    kinds = {type(getattr(data, part)) for part in ("train", "val", "test")}
+    assert kinds == {Encoded if why.startswith("kept") else Split}
+
+
+def test_reasons_count_in_megabytes():
+    assert why_encoded("auto", 10**9, "simclr", 158_700_000_000, False) == (
+        "158,700 MB of uint8 are more than the 1,000 MB of uint8 that there is room for"
+    )
+    assert load("digits").why == "decoded into memory: 6 MB of uint8"
+    assert load("digits", backend="dali", budget=0, augment="simclr").why == "decoded into memory: 6 MB of uint8"
+
+
+def test_classes_and_labels_reach_the_folder(photos, tmp_path):
+    classes, labels = tmp_path / "classes.txt", tmp_path / "labels.csv"
+    classes.write_text("b\na\n")
+    rows = [f"train/{name}/{i:02}.jpg,{name}\n" for name in "ab" for i in range(30)]
+    labels.write_text("".join(["train/a/00.jpg,b\n", *rows[1:]]))
+    for backend in ("torch", "resident"):
+        data = load(photos, classes=classes, labels=str(labels), skip_broken=True, backend=backend)
+        assert data.class_names == ("b", "a")
+        assert (data.train.labels.bincount() + data.val.labels.bincount()).tolist() == [30, 29]
+    assert refusal(photos, classes=tmp_path / "none").startswith(repr(str(tmp_path / "none")))
+    assert "1 file mislabelled ('train/a/00.jpg' lies in 'a' and line 1 says 'b')" in refusal(photos, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"classes": "x.txt"},
+            "classes is x.txt, and it must be left out for digits: it chooses among the class folders of folder: only",
+        ),
+        ({"labels": "x.csv"}, "labels is x.csv, and it must be left out for digits: it checks the class folders of folder: only"),
+        ({"backend": "dalli"}, "backend is 'dalli' and must be one of auto, resident, dali, torch; did you mean 'dali'?"),
+    ],
+)
+def test_settings_of_folders_alone(settings, text):
+    assert refusal("digits", **settings) == text
+
+
+def encoded_set(photos, **changes):
+    """What a reader of encoded images returns, with something changed about it."""
+    found = folder.index(Path(photos.removeprefix("folder:")))
+    return replace(found, **{name: change(getattr(found, name)) for name, change in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"test": lambda split: split.take([])}, "has no test images"),
+        ({"train": lambda split: split.take(range(30))}, "class 'b' (label 1) has no training image, and every class needs one"),
+        ({"test": lambda split: replace(split, labels=split.labels * 7)}, "test_labels[5] is 7, and labels must lie in [0, 2)"),
+        (
+            {"test": lambda split: replace(split, image_size=8)},
+            "test images are 8x8 and training images 40x40, and all must have one",
+        ),
+        (
+            {"class_names": lambda names: names[:1], "train": lambda s: s.take([0]), "test": lambda s: s.take([0])},
+            "has 1 class, and at",
+        ),
+        ({"train": lambda split: split.take([0, 30])}, "no class has two training images, and every class must keep one"),
+    ],
+)
+def test_the_rules_of_arrays_hold_for_encoded_images(photos, monkeypatch, changes, text):
+    monkeypatch.setattr(sources.packed, "read", lambda place, image_size=None: encoded_set(photos, **changes))
+    found = refusal("packed:/some/where")
+    assert text in found and "'/some/where'" in found
+
+
+def test_packed_images_are_decoded_where_they_are_wanted_or_fit(photos, monkeypatch):
+    calls = []
+
+    def read(place, image_size=None):
+        calls.append((str(place), image_size))
+        size = image_size or 40
+        return encoded_set(
+            photos, train=lambda split: replace(split, image_size=size), test=lambda s: replace(s, image_size=size)
+        )
+
+    monkeypatch.setattr(sources.packed, "read", read)
+    reference = load(photos, limit=20)
+    for wanted, kind, why in (
+        ({}, Split, "decoded into memory: 0 MB of uint8"),
+        ({"backend": "resident", "budget": 0}, Split, "decoded into memory: 0 MB"),
+        ({"budget": 0}, Encoded, "kept as JPEG and PNG bytes in shards: 0 MB of uint8 are more than"),
+        ({"backend": "torch"}, Encoded, "kept as JPEG and PNG bytes in shards: the torch backend"),
+        ({"augment": "simclr"}, Split, "decoded into memory"),
+    ):
+        data = load("packed:/some/where", limit=20, **wanted)
+        assert type(data.train) is type(data.val) is type(data.test) is kind and data.why.startswith(why)
+        for part in ("train", "val", "test"):
+            assert torch.equal(getattr(data, part).images, getattr(reference, part).images)
+            assert torch.equal(getattr(data, part).labels, getattr(reference, part).labels)
+    data = load("packed:/some/where", image_size=16, augment="simclr")
+    assert "the crops of simclr" in data.why and data.image_shape == (16, 16)
+    assert calls[0] == ("/some/where", None) and calls[-1] == ("/some/where", 16)
+
+
+def test_packed_arrays_are_as_other_arrays(monkeypatch):
+    images = numbered(20)
+    monkeypatch.setattr(
+        sources.packed,
+        "read",
+        lambda place, image_size=None: Arrays(("a", "b"), images, np.arange(20) % 2, images, np.arange(20) % 2),
+    )
+    data = load("packed:x", backend="dali")
+    assert isinstance(data.train, Split) and sorted(numbers(data.train) + numbers(data.val)) == list(range(20))
+
+
+def test_packed_images_too_many_for_the_memory(photos, monkeypatch):
+    monkeypatch.setattr(sources.packed, "read", lambda place, image_size=None: encoded_set(photos))
+
+    def full(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(Encoded, "decode", full)
+    assert refusal("packed:x") == "'x': 70 images of 40x40 do not fit into memory: --data.limit takes fewer"
+
+
+def test_statistics_of_encoded_images_are_those_of_a_fixed_sample(photos, monkeypatch):
+    kept, held = load(photos, backend="torch"), load(photos)
+    assert image_stats(kept.train) == image_stats(held.train) == channel_stats(held.train.images)
+    monkeypatch.setattr(sources, "STATS_IMAGES", 8)
+    few = kept.train.subset(8)
+    assert few.labels.bincount().tolist() == [4, 4]
+    assert image_stats(kept.train) == channel_stats(few.images) != channel_stats(held.train.images)
+    assert image_stats(held.train) == channel_stats(held.train.images)
 
 
 # Channel statistics

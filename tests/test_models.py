@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign_models import import_or_skip
 from torch import nn
 
 from fastanchor.errors import UserError
 from fastanchor.models import HEADS, MODELS, build_model, mac_count, parameter_count, wide_resnet
 
-SMALL = [("resnet18", 8), ("preactresnet18", 8), ("wrn10_2", 4)]
+SMALL = [("resnet18", 8), ("preactresnet18", 8), ("resnet50", 4), ("wrn10_2", 4)]
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
 
@@ -53,6 +54,21 @@ def test_parameter_count_is_the_published_one(name, expected):
     with torch.device("meta"):
         model = build_model(name, num_classes=10, head="identity")
     assert parameter_count(model) == expected
+
+
+def test_resnet50_is_the_published_one():
+    """25.56 M parameters and 4.09 G multiply-adds at 224 pixels; the function is timm's, weight by weight."""
+    with torch.device("meta"):
+        published = build_model("resnet50", num_classes=1000, head="identity")
+    assert parameter_count(published) == 25_557_032
+    assert abs(mac_count(published, image_size=224) - 4.09e9) < 0.005e9
+    theirs = settled(import_or_skip("timm").create_model("resnet50", num_classes=10))
+    model = build_model("resnet50", num_classes=10, head="identity").double().eval()
+    names = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    model.backbone.load_state_dict({key.replace("downsample", "shortcut"): value for key, value in names.items()})
+    model.classifier.load_state_dict(theirs.fc.state_dict())
+    x = images(2, 64, dtype=torch.float64)
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-9, atol=1e-10)
 
 
 def test_parameter_count_counts_heads_frozen_and_shared_parameters():

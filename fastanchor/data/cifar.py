@@ -10,7 +10,7 @@ import pickle
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ class Edition:
     labels_key: str
     names_key: str
     file_md5: dict[str, str]
+    coarse: tuple[str, str] | None = None  # keys of labels and names of groups of classes, where it has them
 
 
 EDITIONS = {
@@ -81,6 +82,7 @@ EDITIONS = {
             "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
             "meta": "7973b15100ade9c7d40fb424638fde48",
         },
+        coarse=("coarse_labels", "coarse_label_names"),
     ),
 }
 
@@ -192,14 +194,20 @@ def _download(edition: Edition, root: Path) -> None:
         ) from error
 
 
-def read(name: str, root: Path, *, download: bool = False) -> Arrays:
-    """CIFAR-10 or CIFAR-100 (fine labels), official train and test parts in official order.
+def read(name: str, root: Path, *, coarse: bool = False, download: bool = False) -> Arrays:
+    """CIFAR-10 or CIFAR-100, official train and test parts in official order.
 
     name: "cifar10" or "cifar100". root: the folder in which the archive or its extracted folder lies; a complete
-    extracted folder is used first. download: fetch the archive with torchvision where neither is there.
-    Raises UserError where the data are missing, altered or not what they should be.
+    extracted folder is used first. coarse: cifar100's 20 groups of five classes in place of its 100 classes. download: fetch
+    the archive with torchvision where neither is there.
+    Raises UserError where the data are missing, altered or not what they should be; ValueError for coarse labels of cifar10.
     """
     edition = EDITIONS[name]
+    if coarse:
+        if edition.coarse is None:
+            raise ValueError(f"{name} has no coarse labels")
+        labels_key, names_key = edition.coarse
+        edition = replace(edition, labels_key=labels_key, names_key=names_key)
     folder, archive = root / edition.folder, root / edition.archive
     if download and not present(folder) and not present(archive):
         _download(edition, root)

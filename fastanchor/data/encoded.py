@@ -35,7 +35,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """Labels int64 (N,) on the CPU, stored sizes int64 (2, N), heights and widths, and which images of a store they are, int64 (N,).
+    """Labels int64 (N,) on the CPU, stored heights and widths, int64 (2, N), and which images of a store they are, int64 (N,).
 
     image_size: side in pixels of the square images that are made of them. As `sources.Split`: len, labels, subset, images.
     odd: bool (N,), those whose bytes only Pillow reads as it should (CMYK, 16 bits, palettes), see `decode.decode`.
@@ -77,6 +77,10 @@ class Encoded:
         """Its path, for messages."""
         return self.store.name(int(self.index[index]))
 
+    def gather(self, indices: Tensor) -> Tensor:
+        """`decode` by the name that arrays have."""
+        return self.decode(indices)
+
     def decode(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Those images as evaluation sees them, uint8 (n, S, S, 3): the largest centred square, resized. Threads; UserError."""
 
@@ -103,7 +107,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """A source whose images stay encoded: what `folder.index` and `packed.read` give. notes: a sentence on each thing left out."""
+    """A source whose images stay encoded: what `folder.index` and `packed.read` give. notes: a sentence on what was left out."""
 
     class_names: tuple[str, ...]
     train: Encoded

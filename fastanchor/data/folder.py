@@ -1,17 +1,22 @@
-"""Image folders: PATH/train/CLASS/*.jpg|jpeg|png and PATH/test/CLASS/*, read with Pillow in a few threads.
+"""Image folders: decoded into memory, or kept as files of which only the headers are read; for their layouts see `listing`.
 
 Which files are used is settled before the first one is decoded, so that a few images of a large folder are quick.
 """
 
+import hashlib
 import math
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from fastanchor.data import listing
 from fastanchor.data.arrays import (
     TEST_LIMIT_STREAM,
     TRAIN_LIMIT_STREAM,
@@ -21,93 +26,142 @@ from fastanchor.data.arrays import (
     listed,
     random_state,
 )
-from fastanchor.data.decode import PIXELS_WORTH_THREADS, BrokenImage, decode, header, threads
-from fastanchor.data.files import reason, shown
+from fastanchor.data.decode import PIXELS_WORTH_THREADS, BrokenImage, decode, header, read_file, threads
+from fastanchor.data.encoded import Encoded, EncodedSet
+from fastanchor.data.files import shown
 from fastanchor.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
 PROBED_FILES = 101
 FILES_A_TASK = 64
 Size = tuple[int, int]  # (H, W)
 
 
-def _scan(folder: Path) -> dict[str, list[str]]:
-    """File names by class name, both sorted; hidden entries and files beside the class folders do not count.
+class Files:
+    """The store (see `encoded.Store`) of images that are files. A million names take some 30 bytes each, pickled as well."""
 
-    Only one level is entered, so links in a circle cannot hang it; one that leads nowhere is an empty class.
-    """
-    classes = {}
+    def __init__(self, paths: Sequence[str]):
+        folders: dict[str, int] = {}
+        names = []
+        self._folder_of = np.empty(len(paths), np.int32)
+        for index, path in enumerate(paths):
+            folder, name = os.path.split(path)
+            self._folder_of[index] = folders.setdefault(folder, len(folders))
+            names.append(os.fsencode(name))
+        self._folders = tuple(folders)
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+        self._names = b"".join(names)
+        self._digest: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def name(self, index: int) -> str:
+        """The path of file number `index`."""
+        start = self._ends[index - 1] if index else 0
+        return os.path.join(self._folders[self._folder_of[index]], os.fsdecode(self._names[start : self._ends[index]]))
+
+    def read(self, index: int) -> bytes:
+        """Its bytes. BrokenImage."""
+        return read_file(self.name(index))
+
+    def digest(self) -> bytes:
+        """Of all names, as seen from the folder that they have in common, and of all files' sizes, which are looked up once."""
+        if self._digest is None:
+            found = hashlib.blake2b(digest_size=16)
+            common = os.path.commonpath(self._folders) if self._folders else ""
+            for folder in self._folders:
+                found.update(os.fsencode(os.path.relpath(folder, common)) + b"\0")
+            for part in (self._folder_of, self._ends, self._names, np.array([_bytes_of(self.name(i)) for i in range(len(self))])):
+                found.update(part)
+            self._digest = found.digest()
+        return self._digest
+
+
+def _bytes_of(path: str) -> int:
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if not e.name.startswith(".") and (_dangling(e) or e.is_dir()))
-        for name in names:
-            path = folder / name
-            if not path.is_dir():
-                classes[name] = []
-                continue
-            with os.scandir(path) as entries:
-                classes[name] = sorted(
-                    e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".")
-                )
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{shown(folder)} is not there: an image folder has {folder.name}/CLASS/*.jpg, jpeg or png in both train and test"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{shown(error.filename or folder)} cannot be listed: {reason(error)}") from error
-    if not classes:
-        raise UserError(f"{shown(folder)} has no class folders, and it needs one for each class")
-    return classes
+        return os.stat(path).st_size
+    except OSError:
+        return -1  # told, with its reason, when its turn comes
 
 
-def _dangling(entry: os.DirEntry) -> bool:
-    return entry.is_symlink() and not os.path.exists(entry.path)
+@dataclass(frozen=True)
+class Chosen:
+    """The files of a folder that are used, by part ("train", "test"): paths, str objects (N,), and labels, int64 (N,).
 
-
-def common_size(paths: Sequence[str]) -> Size:
-    """The most frequent (H, W) among about a hundred files spread over all, from their headers alone."""
-
-    def count(some: Sequence[str]) -> Counter:
-        sizes = Counter()
-        for path in some:
-            try:
-                found = header(path)
-                sizes[found.height, found.width] += 1
-            except BrokenImage:
-                continue  # told, with its reason, when it is its turn to be decoded
-        return sizes
-
-    sizes = count(paths[:: max(1, len(paths) // PROBED_FILES)]) or count(paths)
-    # No file readable: any size will do, since the decoding finds every one of them broken.
-    return sizes.most_common(1)[0][0] if sizes else (1, 1)
-
-
-def _decode_all(
-    paths: list[str], size: Size, image_size: int | None, skip_broken: bool, workers: int
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images (N, H, W, 3), which of them are good (N,), and a sentence on each of the others.
-
-    Order and outcome do not depend on the threads. Without skip_broken the first bad file raises UserError.
+    sizes: how many of about a hundred training files have which stored (H, W). slow: whether reading these meant waiting.
     """
-    try:
-        images = np.empty((len(paths), *size, 3), np.uint8)
-    except MemoryError as error:
-        raise UserError(
-            f"{len(paths):,} images of {size[0]}x{size[1]} do not fit into memory: "
-            "--data.limit takes fewer, --data.image-size makes them smaller"
-        ) from error
+
+    found: listing.Listing
+    paths: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    sizes: Counter
+    slow: bool
+
+    @property
+    def size(self) -> Size:
+        """The most frequent stored (H, W)."""
+        # No file readable: any size will do, since the decoding finds every one of them broken.
+        return self.sizes.most_common(1)[0][0] if self.sizes else (1, 1)
+
+    def bytes_decoded(self, image_size: int | None) -> int:
+        """What all images take as uint8 in memory."""
+        height, width = (image_size, image_size) if image_size else self.size
+        return 3 * height * width * sum(len(labels) for labels in self.labels.values())
+
+    def larger_than(self, image_size: int) -> bool:
+        """Whether most stored images are."""
+        return 2 * sum(n for size, n in self.sizes.items() if max(size) > image_size) > self.sizes.total()
+
+
+def choose(
+    root: Path,
+    *,
+    limit: int | None = None,
+    split_seed: int = 0,
+    skip_broken: bool = False,
+    classes: Path | None = None,
+    labels: Path | None = None,
+) -> Chosen:
+    """The first half of `read` and `index`, with their arguments: all that can be said without decoding. Raises UserError."""
+    found = listing.find(root, classes=classes, labels=labels, skip_broken=skip_broken)
+    check_limit(limit, len(found.names))
+    paths, of = {}, {}
+    for part, folder, stream in (("train", "train", TRAIN_LIMIT_STREAM), ("test", found.held_out, TEST_LIMIT_STREAM)):
+        paths[part], of[part] = found.files(folder)
+        chosen = limited(of[part], limit, random_state(split_seed, stream))
+        if chosen is not None:
+            paths[part], of[part] = paths[part][chosen], of[part][chosen]
+    wall, busy = time.perf_counter(), time.thread_time()
+    train = paths["train"]
+    sizes = _sizes(train[:: max(1, len(train) // PROBED_FILES)]) or _sizes(train)
+    slow = time.perf_counter() - wall > 2 * (time.thread_time() - busy)
+    return Chosen(found, paths, of, sizes, slow)
+
+
+def _sizes(paths: Sequence[str]) -> Counter:
+    sizes = Counter()
+    for path in paths:
+        try:
+            found = header(path)
+            sizes[found.height, found.width] += 1
+        except BrokenImage:
+            continue  # told, with its reason, when it is its turn to be decoded
+    return sizes
+
+
+def _each(
+    paths: np.ndarray, one: Callable[[int], None], skip_broken: bool, workers: int
+) -> tuple[np.ndarray, list[str]]:  # fmt: skip
+    """Call `one` with every index, in threads; which did not raise BrokenImage, bool (N,), and the paths of those that did.
+
+    The outcome does not depend on the threads. Without skip_broken the first bad file raises UserError.
+    """
 
     def one_task(start: int) -> list[tuple[int, str]]:
         problems = []
         for index in range(start, min(start + FILES_A_TASK, len(paths))):
             try:
-                image = decode(paths[index], image_size)
-                if image.shape[:2] != size:
-                    raise BrokenImage(
-                        f"is {image.shape[0]}x{image.shape[1]} where {size[0]}x{size[1]} is expected "
-                        "(--data.image-size N resizes all images)"
-                    )
-                images[index] = image
+                one(index)
             except BrokenImage as error:
                 problems.append((index, str(error)))
                 if not skip_broken:
@@ -120,41 +174,126 @@ def _decode_all(
         for problems in pool.map(one_task, range(0, len(paths), FILES_A_TASK)):
             for index, text in problems:
                 if not skip_broken:
-                    raise UserError(f"{shown(paths[index])} {text}; --data.skip-broken leaves such files out")
+                    raise UserError(f"{shown(paths[index])} {text}; {listing.SKIP.format('files')}")
                 good[index] = False
                 left_out.append(paths[index])
     finally:
         pool.shutdown(cancel_futures=True)
-    return images, good, left_out
+    return good, left_out
 
 
-def _without_empty_classes(
-    root: Path, train: dict[str, list[str]], test: dict[str, list[str]], skip_broken: bool
-) -> tuple[list[str], list[str]]:
-    """Class names to use and those left out for having no files. UserError where the two parts differ in classes."""
-    differing = sorted(train.keys() ^ test.keys())
-    if differing:
-        name = differing[0]
-        has, lacks = ("train", "test") if name in train else ("test", "train")
-        raise UserError(f"{shown(root)}: class {name!r} is in {has} but not in {lacks}, and both need the same classes")
-    empty = [name for name in train if not (train[name] and test[name])]
-    if empty and not skip_broken:
-        part = root / ("test" if train[empty[0]] else "train") / empty[0]
-        raise UserError(
-            f"class {empty[0]!r} is empty: no jpg, jpeg or png file in {shown(part)}; --data.skip-broken leaves such classes out"
+def _check_size(found: Size, size: Size) -> None:
+    if found != size:
+        raise BrokenImage(
+            f"is {found[0]}x{found[1]} where {size[0]}x{size[1]} is expected (--data.image-size N resizes all images)"
         )
-    return [name for name in train if name not in empty], empty
 
 
-def _check_number(names: list[str], root: Path, when: str = "") -> None:
-    if len(names) < 2:
-        raise UserError(f"{shown(root)} has {len(names)} classes with images in train and test{when}, and at least 2 are needed")
+@dataclass(frozen=True)
+class _Settled:
+    """What is left once broken files are known: class names, and by part the indices that stay, (M,), and their new labels."""
+
+    class_names: tuple[str, ...]
+    stays: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    notes: tuple[str, ...]
 
 
-def _files(folder: Path, classes: dict[str, list[str]], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Paths and labels of all files of the named classes, in the order of classes and then of file names."""
-    paths = [os.path.join(folder, name, file) for name in names for file in classes[name]]
-    return np.array(paths, object), np.repeat(np.arange(len(names)), [len(classes[name]) for name in names])
+def _settle(chosen: Chosen, good: dict[str, np.ndarray], left_out: list[str], *notes: str) -> _Settled:
+    found, of = chosen.found, chosen.labels
+    # A class all of whose images turned out to be broken, in train or in test, is as good as an empty one.
+    whole = [i for i in range(len(found.names)) if all((of[part][good[part]] == i).any() for part in of)]
+    names = [found.names[i] for i in whole]
+    if len(whole) < len(found.names):
+        found.check_number(len(whole), f" once {len(left_out)} broken or odd-sized files are left out")
+    stays = {part: np.flatnonzero(good[part] & np.isin(of[part], whole)) for part in of}
+    labels = {part: np.searchsorted(whole, of[part][stays[part]]) for part in of}
+    empty = sorted(found.empty + [name for name in found.names if name not in set(names)])
+    notes = [*found.notes, *notes]
+    if left_out:
+        relative = [os.path.relpath(path, found.root) for path in left_out]
+        notes.append(f"Left out {len(left_out)} broken or odd-sized file{'s' if len(left_out) > 1 else ''}: {listed(relative)}.")
+    if empty:
+        notes.append(f"Left out {len(empty)} class{'es' if len(empty) > 1 else ''} without images: {listed(empty)}.")
+    return _Settled(tuple(found.title(name) for name in names), stays, labels, tuple(notes))
+
+
+def _decode_all(paths: np.ndarray, size: Size, image_size: int | None, skip_broken: bool, workers: int):
+    """Images uint8 (N, H, W, 3), and what `_each` says of them."""
+    try:
+        images = np.empty((len(paths), *size, 3), np.uint8)
+    except MemoryError as error:
+        raise UserError(
+            f"{len(paths):,} images of {size[0]}x{size[1]} do not fit into memory: "
+            "--data.limit takes fewer, --data.image-size makes them smaller"
+        ) from error
+
+    def one(index: int) -> None:
+        image = decode(paths[index], image_size)
+        _check_size(image.shape[:2], size)
+        images[index] = image
+
+    return images, *_each(paths, one, skip_broken, workers)
+
+
+def decoded(chosen: Chosen, *, skip_broken: bool, image_size: int | None) -> Arrays:
+    """The second half of `read`."""
+    size = (image_size, image_size) if image_size else chosen.size
+    workers = threads() if math.prod(chosen.size) >= PIXELS_WORTH_THREADS else 1
+    images, good, left_out = {}, {}, []
+    for part, paths in chosen.paths.items():
+        images[part], good[part], bad = _decode_all(paths, size, image_size, skip_broken, workers)
+        left_out += bad
+    settled = _settle(chosen, good, left_out)
+    images = {
+        part: images[part] if len(stays) == len(images[part]) else images[part][stays] for part, stays in settled.stays.items()
+    }
+    return Arrays(
+        class_names=settled.class_names,
+        train_images=images["train"],
+        train_labels=settled.labels["train"],
+        test_images=images["test"],
+        test_labels=settled.labels["test"],
+        notes=settled.notes,
+    )
+
+
+def indexed(chosen: Chosen, *, skip_broken: bool, image_size: int | None) -> EncodedSet:
+    """The second half of `index`."""
+    size = chosen.size
+    if image_size is None and size[0] != size[1]:
+        raise UserError(
+            f"{shown(chosen.found.root)} has images of {size[0]}x{size[1]}, and images that are kept as files are made square: "
+            "--data.image-size N says their side"
+        )
+    # Headers are the interpreter's work, for which threads would only wait in turn, unless the disk is what is waited for.
+    workers = threads() if chosen.slow or (skip_broken and math.prod(size) >= PIXELS_WORTH_THREADS) else 1
+    sizes, odd, good, left_out = {}, {}, {}, []
+    for part, paths in chosen.paths.items():
+        sizes[part], odd[part] = np.zeros((2, len(paths)), np.int64), np.zeros(len(paths), bool)
+
+        def one(index: int, paths=paths, sizes=sizes[part], odd=odd[part]) -> None:
+            found = header(paths[index], whole=skip_broken)
+            if image_size is None:
+                _check_size((found.height, found.width), size)
+            sizes[:, index], odd[index] = (found.height, found.width), found.odd
+
+        good[part], bad = _each(paths, one, skip_broken, workers)
+        left_out += bad
+    # The header of a truncated file is whole.
+    checked = [f"Checked {sum(map(len, good.values())):,} files by decoding each once."] if skip_broken else []
+    settled = _settle(chosen, good, left_out, *checked)
+    parts = {}
+    for part, stays in settled.stays.items():
+        parts[part] = Encoded(
+            Files(chosen.paths[part][stays]),
+            np.arange(len(stays)),
+            torch.from_numpy(settled.labels[part]),
+            torch.from_numpy(sizes[part][:, stays]),
+            odd[part][stays],
+            image_size or size[0],
+        )
+    return EncodedSet(settled.class_names, parts["train"], parts["test"], settled.notes)
 
 
 def read(
@@ -164,57 +303,35 @@ def read(
     split_seed: int = 0,
     skip_broken: bool = False,
     image_size: int | None = None,
+    classes: Path | None = None,
+    labels: Path | None = None,
 ) -> Arrays:
-    """Read an image folder; class names are the sorted names of the folders in PATH/train.
+    """Read an image folder into memory; labels follow the sorted names of the folders in PATH/train, or `classes`.
 
     limit: at most so many files of train and of test, class-stratified, chosen by split_seed before any is decoded.
     image_size: side length in pixels to which all images are brought, see `decode`; without it all must have one size.
     skip_broken: leave out (and put into the notes) unusable and odd-sized files and classes without images.
-    Raises UserError naming the file or class.
+    classes: a file that lists the class folders to use, one a line, in the order of labels. labels: a CSV of file,class to check
+    the folder against. Raises UserError naming the file, class or line.
     """
-    classes = {part: _scan(root / part) for part in ("train", "test")}
-    names, empty = _without_empty_classes(root, classes["train"], classes["test"], skip_broken)
-    _check_number(names, root)
-    check_limit(limit, len(names))
-    streams = {"train": TRAIN_LIMIT_STREAM, "test": TEST_LIMIT_STREAM}
-    paths, labels = {}, {}
-    for part, stream in streams.items():
-        paths[part], labels[part] = _files(root / part, classes[part], names)
-        chosen = limited(labels[part], limit, random_state(split_seed, stream))
-        if chosen is not None:
-            paths[part], labels[part] = paths[part][chosen], labels[part][chosen]
+    chosen = choose(root, limit=limit, split_seed=split_seed, skip_broken=skip_broken, classes=classes, labels=labels)
+    return decoded(chosen, skip_broken=skip_broken, image_size=image_size)
 
-    stored = common_size(paths["train"])
-    size = (image_size, image_size) if image_size else stored
-    workers = threads() if math.prod(stored) >= PIXELS_WORTH_THREADS else 1
-    images, left_out = {}, []
-    for part in streams:
-        images[part], good, bad = _decode_all(list(paths[part]), size, image_size, skip_broken, workers)
-        if bad:
-            images[part], labels[part] = images[part][good], labels[part][good]
-            left_out += [os.path.relpath(path, root) for path in bad]
 
-    # A class all of whose images turned out to be broken, in train or in test, is as good as an empty one.
-    whole = [i for i in range(len(names)) if all((labels[part] == i).any() for part in streams)]
-    if len(whole) < len(names):
-        empty = sorted(empty + [name for i, name in enumerate(names) if i not in whole])
-        for part in streams:
-            stays = np.isin(labels[part], whole)
-            images[part], labels[part] = images[part][stays], np.searchsorted(whole, labels[part][stays])
-        names = [names[i] for i in whole]
-        _check_number(names, root, f" once {len(left_out)} broken or odd-sized files are left out")
+def index(
+    root: Path,
+    *,
+    limit: int | None = None,
+    split_seed: int = 0,
+    skip_broken: bool = False,
+    image_size: int | None = None,
+    classes: Path | None = None,
+    labels: Path | None = None,
+) -> EncodedSet:
+    """As `read`, for the same files in the same order, but the images stay files and only their headers are read.
 
-    notes = []
-    if left_out:
-        notes.append(f"Left out {len(left_out)} broken or odd-sized file{'s' if len(left_out) > 1 else ''}: {listed(left_out)}.")
-    if empty:
-        notes.append(f"Left out {len(empty)} class{'es' if len(empty) > 1 else ''} without images: {listed(empty)}.")
-    return Arrays(
-        # A name that is not valid UTF-8 keeps its odd bytes as escapes, so that it can be printed and saved.
-        class_names=tuple(name.encode("utf-8", "backslashreplace").decode() for name in names),
-        train_images=images["train"],
-        train_labels=labels["train"],
-        test_images=images["test"],
-        test_labels=labels["test"],
-        notes=tuple(notes),
-    )
+    image_size: side length of the squares made of them; without it all must be stored as squares of one size. A truncated file,
+    whose header is whole, is found when its turn comes; with skip_broken every file is decoded once to leave such ones out.
+    """
+    chosen = choose(root, limit=limit, split_seed=split_seed, skip_broken=skip_broken, classes=classes, labels=labels)
+    return indexed(chosen, skip_broken=skip_broken, image_size=image_size)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastanchor.data.sources import Split
+from fastanchor.data.stream import FeedSpec
 from fastanchor.data.views import Rows
 from fastanchor.errors import UserError
 
@@ -70,3 +71,31 @@ class ResidentSplit:
         for i in range(batches):
             piece = slice(i * batch_size, (i + 1) * batch_size)
             yield indices[piece], self.images[piece], self.labels[piece]
+
+
+class ResidentFeed:
+    """A feed (see `feeds.Feed`) of a split that lies on the device: its batches are indices, and the step does the rest."""
+
+    backend = "resident"
+
+    def __init__(self, split: Split, spec: FeedSpec):
+        self.data, self.spec = ResidentSplit(split, spec.device), spec
+
+    def epoch(self, order: Tensor, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor]]:
+        """Indices, int64 (B,) on the device, of each batch; the order crosses to the device in one transfer. The views are the
+        step's, so `seed` is not needed."""
+        spec = self.spec
+        if spec.device.type == "cuda":
+            order = order.pin_memory()
+        order = order.to(spec.device, non_blocking=True)
+        for begin in range(start * batch_size, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            low, high = (len(batch) * rank // spec.world for rank in (spec.rank, spec.rank + 1))
+            yield (batch[low:high],)
+
+    def load(self, indices: Tensor) -> tuple[Rows, Tensor]:
+        """The rows of the store, left where they are, and their labels."""
+        return self.data.rows(indices)
+
+    def close(self) -> None:
+        """Nothing works in the background."""

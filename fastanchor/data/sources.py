@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastanchor.data import cifar, folder, npz
+from fastanchor.data import cifar, folder, npz, packed
 from fastanchor.data.arrays import (
     PIXEL_STREAM,
     SUBSET_STREAM,
@@ -30,11 +30,22 @@ from fastanchor.data.arrays import (
     random_state,
     stratified_choice,
 )
-from fastanchor.data.encoded import Encoded
+from fastanchor.data.encoded import Encoded, EncodedSet
 from fastanchor.data.files import shown
 from fastanchor.errors import UserError, did_you_mean
 
-SOURCES = ("digits", "cifar10", "cifar100", "folder:PATH", "npz:PATH", "synthetic")
+SOURCES = ("digits", "cifar10", "cifar100", "cifar100:coarse", "folder:PATH", "packed:PATH", "npz:PATH", "synthetic")
+BACKENDS = ("auto", "resident", "dali", "torch")
+# Augmentations whose crops are taken from the stored image where that is larger than what the model sees.
+CROPS_OF_STORED = ("resized_crop_flip", "simclr")
+# Settings that only some kinds of source have, which ones, and what for.
+FOLDER_SETTINGS = {
+    "image_size": (("folder", "packed"), "it resizes images of folder: and packed:"),
+    "classes": (("folder",), "it chooses among the class folders of folder:"),
+    "labels": (("folder",), "it checks the class folders of folder:"),
+}
+# Enough for a normalisation, and soon decoded.
+STATS_IMAGES = 2000
 DIGITS_TEST_FRACTION = 0.2
 SYNTHETIC_CLASSES, SYNTHETIC_TRAIN, SYNTHETIC_TEST = 10, 2000, 500
 
@@ -65,17 +76,23 @@ class Split:
             found.update(part.contiguous().numpy())
         return found.digest()
 
+    def take(self, chosen: np.ndarray) -> "Split":
+        """Those images alone. chosen: int64 (n,)."""
+        return Split(self.images[chosen], self.labels[chosen])
+
     def subset(self, count: int) -> "Split":
         """At most `count` images, class-stratified, always the same ones."""
         if count >= len(self):
             return self
-        chosen = stratified_choice(self.labels.numpy(), count, random_state(0, SUBSET_STREAM))
-        return Split(self.images[chosen], self.labels[chosen])
+        return self.take(stratified_choice(self.labels.numpy(), count, random_state(0, SUBSET_STREAM)))
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set ready for use; `notes` holds one sentence on each thing that was left out."""
+    """A data set ready for use.
+
+    notes: one sentence on each thing that was left out or decided. why: one on why the images are decoded or encoded.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -83,6 +100,8 @@ class ImageSet:
     val: Split | Encoded
     test: Split | Encoded
     notes: tuple[str, ...] = ()
+    extra: Split | None = None  # more training images, not counted in `train`
+    why: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -115,6 +134,14 @@ def channel_stats(images: Tensor) -> tuple[tuple[float, float, float], tuple[flo
     return mean, std
 
 
+def image_stats(split: Split | Encoded) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """`channel_stats` of a split: of all its images, or, where they are encoded, of at most 2,000 fixed class-stratified ones."""
+    if isinstance(split, Encoded):
+        few = split.subset(STATS_IMAGES)
+        return channel_stats(few.decode(range(len(few))))
+    return channel_stats(split.images)
+
+
 def _digits(split_seed: int) -> Arrays:
     """scikit-learn's 1,797 handwritten digits, 8x8 with 17 levels, enlarged bilinearly to 32x32 RGB."""
     from sklearn.datasets import load_digits
@@ -145,59 +172,103 @@ def _synthetic(split_seed: int) -> Arrays:
 
 
 def parse(source: str) -> tuple[str, str]:
-    """Kind and path ("" where the kind has none) of a source string. UserError with the list and the nearest name."""
+    """Kind and path, or variant, of a source string ("" where it has none). UserError with the list and the nearest name."""
     kind, colon, path = source.strip().partition(":")
-    for known in SOURCES:
-        name, needs_path, _ = known.partition(":")
-        if kind != name:
-            continue
-        if needs_path and not path:
-            raise UserError(f"data source {source!r} names no path, and must be {known}")
-        if colon and not needs_path:
-            raise UserError(f"data source {source!r} must be {name!r} alone, since it takes no path")
-        return kind, path
-    hint = did_you_mean(kind.lower(), [known.partition(":")[0] for known in SOURCES])
-    raise UserError(f"data source {source!r} is unknown, and must be one of {', '.join(SOURCES)}{hint}")
+    forms = [known for known in SOURCES if known.partition(":")[0] == kind]
+    if not forms:
+        hint = did_you_mean(kind.lower(), [known.partition(":")[0] for known in SOURCES])
+        raise UserError(f"data source {source!r} is unknown, and must be one of {', '.join(SOURCES)}{hint}")
+    if forms[0].endswith(":PATH"):
+        if not path:
+            raise UserError(f"data source {source!r} names no path, and must be {forms[0]}")
+    elif colon and f"{kind}:{path}" not in forms:
+        if len(forms) > 1:
+            raise UserError(f"data source {source!r} must be one of {', '.join(forms)}{did_you_mean(source.strip(), forms)}")
+        raise UserError(f"data source {source!r} must be {kind!r} alone, since it takes no path")
+    return kind, path
 
 
-def _check_settings(kind: str, limit: int | None, val_fraction: float, split_seed: int, image_size: int | None) -> None:
+def _check_settings(
+    kind: str, limit: int | None, val_fraction: float, split_seed: int, backend: str, of_folders: dict[str, object]
+) -> None:  # fmt: skip
     if not 0 < val_fraction <= 0.5:
         raise UserError(f"val_fraction is {val_fraction} and must lie in (0, 0.5]")
     if not 0 <= split_seed < 2**32:
         raise UserError(f"split_seed is {split_seed} and must lie in [0, {2**32 - 1}]")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit} and must be a positive number of images")
-    if image_size is not None and kind != "folder":
-        raise UserError(f"image_size is {image_size}, and it must be left out for {kind}: it resizes folder: images only")
+    if backend not in BACKENDS:
+        raise UserError(f"backend is {backend!r} and must be one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+    for name, value in of_folders.items():
+        kinds, purpose = FOLDER_SETTINGS[name]
+        if value is not None and kind not in kinds:
+            raise UserError(f"{name} is {value}, and it must be left out for {kind}: {purpose} only")
+    image_size = of_folders["image_size"]
     if image_size is not None and not 1 <= image_size <= 4096:
         raise UserError(f"image_size is {image_size} and must lie in [1, 4096] pixels")
 
 
-def _split(images: np.ndarray, labels: np.ndarray, indices: np.ndarray | None = None) -> Split:
-    if indices is not None:
-        images, labels = images[indices], labels[indices]
+def _memory(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB of uint8"
+
+
+def why_encoded(backend: str, budget: int | None, augment: str, needed: int, larger: bool) -> str:
+    """The reason to keep images as the JPEG or PNG bytes that they are, or "" where they are to be decoded into memory.
+
+    needed: bytes of all of them as uint8. larger: whether most stored images are larger than those that are made of them.
+    """
+    if backend in ("dali", "torch"):
+        return f"the {backend} backend decodes them batch by batch"
+    if backend == "auto" and larger and augment in CROPS_OF_STORED:
+        return f"the crops of {augment} are taken from the stored images, which are larger"
+    if backend == "auto" and budget is not None and needed > budget:
+        return f"{_memory(needed)} are more than the {_memory(budget)} that there is room for"
+    return ""
+
+
+def _read_folder(
+    place: Path, image_size: int | None, skip_broken: bool, backend: str, budget: int | None, augment: str, choice: dict
+) -> tuple[Arrays | EncodedSet, str]:  # fmt: skip
+    """The folder and why it is decoded or not. choice: the other arguments of `folder.choose`."""
+    chosen = folder.choose(place, skip_broken=skip_broken, **choice)
+    needed = chosen.bytes_decoded(image_size)
+    larger = image_size is not None and chosen.larger_than(image_size)
+    why = why_encoded(backend, budget, augment, needed, larger)
+    if why:
+        return folder.indexed(chosen, skip_broken=skip_broken, image_size=image_size), f"kept as JPEG and PNG files: {why}"
+    return folder.decoded(chosen, skip_broken=skip_broken, image_size=image_size), f"decoded into memory: {_memory(needed)}"
+
+
+def _stand_in(found: EncodedSet) -> Arrays:
+    """Arrays of the shapes and labels of encoded images, in no memory, for `check_arrays`."""
+    images = {
+        part: np.broadcast_to(np.uint8(0), (len(split), *split.image_shape, 3))
+        for part, split in (("train", found.train), ("test", found.test))
+    }
+    train, test = found.train.labels.numpy(), found.test.labels.numpy()
+    return Arrays(found.class_names, images["train"], train, images["test"], test, notes=found.notes)
+
+
+def _as_split(images: np.ndarray, labels: np.ndarray) -> Split:
     return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))
 
 
-def _with_own_validation(arrays: Arrays, limit: int | None, split_seed: int) -> tuple[Split, Split]:
+def _with_own_validation(train: Split, val: Split, limit: int | None, split_seed: int) -> tuple[Split, Split]:
     """Train and val as the source has them; `limit` counts both, in proportion."""
-    boundary = len(arrays.train_labels)
-    labels = np.concatenate([arrays.train_labels, arrays.val_labels]).astype(np.int64)
+    boundary = len(train)
+    labels = np.concatenate([train.labels.numpy(), val.labels.numpy()])
     groups = 2 * labels + (np.arange(len(labels)) >= boundary)
     chosen = limited(groups, limit, random_state(split_seed, TRAIN_LIMIT_STREAM))
     if chosen is None:
-        return _split(arrays.train_images, arrays.train_labels), _split(arrays.val_images, arrays.val_labels)
-    return (
-        _split(arrays.train_images, arrays.train_labels, chosen[chosen < boundary]),
-        _split(arrays.val_images, arrays.val_labels, chosen[chosen >= boundary] - boundary),
-    )
+        return train, val
+    return train.take(chosen[chosen < boundary]), val.take(chosen[chosen >= boundary] - boundary)
 
 
 def _with_drawn_validation(
-    arrays: Arrays, limit: int | None, val_fraction: float, split_seed: int, where: str
-) -> tuple[Split, Split]:
+    whole: Split | Encoded, limit: int | None, val_fraction: float, split_seed: int, where: str
+) -> tuple[Split, Split] | tuple[Encoded, Encoded]:
     """Train, and a class-stratified val taken out of it; every class keeps a training image."""
-    labels = arrays.train_labels.astype(np.int64)
+    labels = whole.labels.numpy()
     chosen = limited(labels, limit, random_state(split_seed, TRAIN_LIMIT_STREAM))
     chosen = np.arange(len(labels)) if chosen is None else chosen
     count = max(1, round(val_fraction * len(chosen)))
@@ -206,7 +277,17 @@ def _with_drawn_validation(
         raise UserError(
             f"{where}: no class has two training images, and every class must keep one when the validation split is taken out"
         )
-    return (_split(arrays.train_images, labels, np.delete(chosen, in_val)), _split(arrays.train_images, labels, chosen[in_val]))
+    return whole.take(np.delete(chosen, in_val)), whole.take(chosen[in_val])
+
+
+def _decoded(splits: list[Encoded], where: str) -> list[Split]:
+    try:
+        return [Split(split.decode(range(len(split))), split.labels) for split in splits]
+    except MemoryError as error:
+        count, (height, width) = sum(map(len, splits)), splits[0].image_shape
+        raise UserError(
+            f"{where}: {count:,} images of {height}x{width} do not fit into memory: --data.limit takes fewer"
+        ) from error
 
 
 def load(
@@ -219,6 +300,11 @@ def load(
     skip_broken: bool = False,
     image_size: int | None = None,
     download: bool = False,
+    classes: str | Path | None = None,
+    labels: str | Path | None = None,
+    backend: str = "auto",
+    budget: int | None = None,
+    augment: str = "crop_flip",
 ) -> ImageSet:
     """Load a data set.
 
@@ -226,30 +312,50 @@ def load(
     limit: at most so many images of train and val together and so many of test, class-stratified.
     val_fraction: share of the training set, in (0, 0.5], that becomes the class-stratified validation split; an npz
     file with val_images has its own. split_seed: the only seed of all these choices; torch's and numpy's global
-    generators are not touched. skip_broken, image_size: for folder:, see `folder.read`. download: for cifar10 and
-    cifar100, fetch the archive where it is missing.
+    generators are not touched. skip_broken, image_size, classes, labels: for folder:, see `folder.read`; image_size for
+    packed: too. download: for cifar10 and cifar100, fetch the archive where it is missing.
+    backend: what is to feed the training. Images of folder: and packed: are decoded for "resident"; of a folder they stay files
+    for "dali" and "torch"; "auto" keeps them encoded where they would need more than `budget` bytes as uint8 (None: no limit), or
+    where `augment` takes its crops from stored images that are larger. The same images are in the same splits either way.
     Raises UserError for anything wrong with the source, the files or the settings.
     """
     kind, path = parse(source)
-    _check_settings(kind, limit, val_fraction, split_seed, image_size)
+    of_folders = {"image_size": image_size, "classes": classes, "labels": labels}
+    _check_settings(kind, limit, val_fraction, split_seed, backend, of_folders)
     data_root = Path(root or os.environ.get("FASTANCHOR_DATA") or "~/.cache/fastanchor").expanduser()
     place = Path(path).expanduser()
-    readers: dict[str, Callable[[], Arrays]] = {
+    readers: dict[str, Callable[[], Arrays | EncodedSet]] = {
         "digits": lambda: _digits(split_seed),
         "synthetic": lambda: _synthetic(split_seed),
         "cifar10": lambda: cifar.read("cifar10", data_root, download=download),
-        "cifar100": lambda: cifar.read("cifar100", data_root, download=download),
+        "cifar100": lambda: cifar.read("cifar100", data_root, coarse=path == "coarse", download=download),
         "npz": lambda: npz.read(place),
-        "folder": lambda: folder.read(place, limit=limit, split_seed=split_seed, skip_broken=skip_broken, image_size=image_size),
+        "packed": lambda: packed.read(place, image_size=image_size),
     }
-    arrays = readers[kind]()
-    where = shown(place) if path else kind
+    if kind == "folder":
+        choice = {"limit": limit, "split_seed": split_seed}
+        choice |= {name: Path(file).expanduser() for name, file in (("classes", classes), ("labels", labels)) if file is not None}
+        found, why = _read_folder(place, image_size, skip_broken, backend, budget, augment, choice)
+    else:
+        found, why = readers[kind](), ""
+    encoded = isinstance(found, EncodedSet)
+    arrays = _stand_in(found) if encoded else found
+    where = shown(place) if f"{kind}:PATH" in SOURCES else source.strip()
     check_arrays(arrays, where)
     check_limit(limit, len(arrays.class_names))
+    whole = found.train if encoded else _as_split(arrays.train_images, arrays.train_labels)
+    test = found.test if encoded else _as_split(arrays.test_images, arrays.test_labels)
     if arrays.val_images is None:
-        train, val = _with_drawn_validation(arrays, limit, val_fraction, split_seed, where)
+        train, val = _with_drawn_validation(whole, limit, val_fraction, split_seed, where)
     else:
-        train, val = _with_own_validation(arrays, limit, split_seed)
-    in_test = limited(arrays.test_labels.astype(np.int64), limit, random_state(split_seed, TEST_LIMIT_STREAM))
-    test = _split(arrays.test_images, arrays.test_labels, in_test)
-    return ImageSet(source.strip(), arrays.class_names, train, val, test, arrays.notes)
+        train, val = _with_own_validation(whole, _as_split(arrays.val_images, arrays.val_labels), limit, split_seed)
+    in_test = limited(test.labels.numpy(), limit, random_state(split_seed, TEST_LIMIT_STREAM))
+    splits = [train, val, test if in_test is None else test.take(in_test)]
+    if not why:
+        needed = sum(3 * math.prod(split.image_shape) * len(split) for split in splits)
+        larger = encoded and bool((train.sizes.amax(0) > train.image_size).float().mean() > 0.5)
+        why = why_encoded(backend, budget, augment, needed, larger) if encoded else ""
+        if encoded and not why:
+            splits = _decoded(splits, where)
+        why = f"kept as JPEG and PNG bytes in shards: {why}" if why else f"decoded into memory: {_memory(needed)}"
+    return ImageSet(source.strip(), arrays.class_names, *splits, arrays.notes, why=why)

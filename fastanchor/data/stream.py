@@ -52,7 +52,7 @@ class StreamFeed:
             self.sizes = torch.tensor(split.image_shape)[:, None].expand(2, len(split))
 
     def epoch(self, order: Tensor, batch_size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Batches for `load`, on the device: labels int64 (B,), one tensor a view, then the colours' draws.
+        """Batches for `load`, on the device: labels int64 (B,), one tensor a view, then the colours' draws, all (B, ...).
 
         order: int64 (M,) on the CPU. seed: of what is random about the views. start: the batch to begin with; batch number i is
         the same, bit for bit, whatever the start, so an epoch that was broken off goes on where it stood.
@@ -64,7 +64,7 @@ class StreamFeed:
         )  # fmt: skip
         for job, images in self._make(planned):
             labels = self._to_device(self.split.labels.index_select(0, job.indices))
-            colours = [self._to_device(part) for view in job.views if view.colours is not None for part in view.colours]
+            colours = [self._to_device(_turned(part)) for view in job.views if view.colours is not None for part in view.colours]
             yield labels, *images, *colours
 
     def load(self, *batch: Tensor) -> tuple[Prepared, Tensor]:
@@ -72,7 +72,7 @@ class StreamFeed:
         names = self.spec.names
         labels, images, rest = batch[0], batch[1 : 1 + len(names)], iter(batch[1 + len(names) :])
         coloured = [name for name in names if name != geometry.CLEAN] if self.spec.augment == "simclr" else []
-        colours = {name: Colours(*(next(rest) for _ in Colours._fields)) for name in coloured}
+        colours = {name: Colours(*(_turned(next(rest)) for _ in Colours._fields)) for name in coloured}
         return Prepared(dict(zip(names, images, strict=True)), colours), labels
 
     def close(self) -> None:
@@ -89,3 +89,8 @@ class StreamFeed:
         if self.spec.device.type == "cuda":
             part = part.pin_memory()
         return part.to(self.spec.device, non_blocking=True)
+
+
+def _turned(part: Tensor) -> Tensor:
+    """Draws are (3, B) or (B,); in a batch every tensor begins with B, so that a part of a batch can be taken."""
+    return part.T.contiguous() if part.ndim == 2 else part

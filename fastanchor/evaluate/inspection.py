@@ -102,10 +102,10 @@ def report_attack(attack: AttackSpec) -> AttackSpec:
 
 def attack_images(model: RobustClassifier, split: Split, attack: AttackSpec, *, limit: int, device: torch.device) -> Attacked:
     """One restart of `attack` on at most `limit` images of `split`, class-balanced, always the same ones."""
-    chosen = slice(None)
+    chosen = torch.arange(len(split))
     if limit < len(split):
         chosen = torch.from_numpy(stratified_choice(split.labels.numpy(), limit, random_state(SEED, TEST_LIMIT_STREAM)))
-    images_u8, labels = split.images[chosen].to(device), split.labels[chosen].to(device)
+    images_u8, labels = split.gather(chosen).to(device), split.labels[chosen].to(device)
     clean = to_float(images_u8)
     with full_precision(), eval_mode(model):
         adversarial = _perturb(model, clean, labels, attack)

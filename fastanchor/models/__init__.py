@@ -9,7 +9,7 @@ from fastanchor.models.classifier import (
     mac_count,
     parameter_count,
 )
-from fastanchor.models.resnet import Backbone, BasicBlock, PreActBlock, preactresnet18, resnet18
+from fastanchor.models.resnet import Backbone, BasicBlock, Bottleneck, PreActBlock, preactresnet18, resnet18, resnet50
 from fastanchor.models.wideresnet import wide_resnet
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "MODELS",
     "Backbone",
     "BasicBlock",
+    "Bottleneck",
     "Normalize",
     "PreActBlock",
     "RobustClassifier",
@@ -25,5 +26,6 @@ __all__ = [
     "parameter_count",
     "preactresnet18",
     "resnet18",
+    "resnet50",
     "wide_resnet",
 ]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastanchor.errors import UserError, did_you_mean
-from fastanchor.models.resnet import Backbone, check_count, preactresnet18, resnet18
+from fastanchor.models.resnet import Backbone, check_count, preactresnet18, resnet18, resnet50
 from fastanchor.models.wideresnet import wide_resnet
 
-MODELS = ("resnet18", "preactresnet18", "wrn28_10", "wrn34_10")
+MODELS = ("resnet18", "preactresnet18", "resnet50", "wrn28_10", "wrn34_10")
 HEADS = ("mlp", "linear", "identity")
 
-_RESNETS = {"resnet18": resnet18, "preactresnet18": preactresnet18}
+_RESNETS = {"resnet18": resnet18, "preactresnet18": preactresnet18, "resnet50": resnet50}
 _RESNET_WIDTH = 64
 _WRN_WIDTH = 16
 

@@ -1,4 +1,4 @@
-"""ResNet-18 and PreActResNet-18 for small images: 3x3 stride-1 stem, no max-pool, global mean before the classifier.
+"""ResNet-18 and PreActResNet-18 for small images (3x3 stride-1 stem, no max-pool), and ResNet-50 for photographs of 224 pixels.
 
 Layer names are those of the public CIFAR nets (conv1, bn1, layer1.0.conv1, ..., shortcut.0): foreign weights map by prefix.
 """
@@ -79,12 +79,43 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(self.conv1(active)))) + shortcut
 
 
-def stages(block: type[nn.Module], in_channels: int, channels: Sequence[int], blocks: int) -> "OrderedDict[str, nn.Module]":
-    """layer1, layer2, ...: `blocks` blocks each, the first of every stage but layer1 halving height and width."""
+class Bottleneck(nn.Module):
+    """He et al. 2016a's block of three convolutions, 1x1, 3x3 and 1x1, the middle ones a quarter as wide as the result.
+
+    relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x)), the stride in the 3x3 convolution: the "v1.5" that
+    torchvision and timm publish weights of. The shortcut as in `BasicBlock`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        narrow = out_channels // 4
+        self.conv1 = nn.Conv2d(in_channels, narrow, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(narrow)
+        self.conv2 = conv3x3(narrow, narrow, stride)
+        self.bn2 = nn.BatchNorm2d(narrow)
+        self.conv3 = nn.Conv2d(narrow, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+def stages(
+    block: type[nn.Module], in_channels: int, channels: Sequence[int], blocks: int | Sequence[int]
+) -> "OrderedDict[str, nn.Module]":
+    """layer1, layer2, ...: `blocks` blocks each (or as listed), the first of every stage but layer1 halving height and width."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for index, out_channels in enumerate(channels, start=1):
+    counts = [blocks] * len(channels) if isinstance(blocks, int) else blocks
+    for index, (out_channels, count) in enumerate(zip(channels, counts, strict=True), start=1):
         first = block(in_channels, out_channels, stride=1 if index == 1 else 2)
-        rest = [block(out_channels, out_channels, stride=1) for _ in range(blocks - 1)]
+        rest = [block(out_channels, out_channels, stride=1) for _ in range(count - 1)]
         layers[f"layer{index}"] = nn.Sequential(first, *rest)
         in_channels = out_channels
     return layers
@@ -135,3 +166,24 @@ def preactresnet18(width: int = 64, in_channels: int = 3) -> Backbone:
     """
     width, in_channels = check_count("width", width), check_count("in_channels", in_channels)
     return preact_net(width, [width, 2 * width, 4 * width, 8 * width], blocks=2, in_channels=in_channels)
+
+
+def resnet50(width: int = 64, in_channels: int = 3) -> Backbone:
+    """ResNet-50 with the ImageNet stem: 7x7 convolution of stride 2 and 3x3 max-pool, so 224 x 224 pixels become 7 x 7 positions.
+
+    Stages of 3, 4, 6 and 3 `Bottleneck`s with 4, 8, 16 and 32 times width channels (published: 64); num_features = 32 width.
+    Initialised by torch's defaults. Raises UserError for a width or in_channels < 1.
+    """
+    width, in_channels = check_count("width", width), check_count("in_channels", in_channels)
+    channels = [4 * width, 8 * width, 16 * width, 32 * width]
+    return Backbone(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False),
+            bn1=nn.BatchNorm2d(width),
+            relu=nn.ReLU(),
+            maxpool=nn.MaxPool2d(3, stride=2, padding=1),
+            **stages(Bottleneck, width, channels, blocks=(3, 4, 6, 3)),
+            **global_mean(),
+        ),
+        num_features=channels[-1],
+    )

@@ -18,8 +18,13 @@ import torch
 
 from fastanchor import environment
 from fastanchor.config import Config
-from fastanchor.data.resident import ResidentSplit
-from fastanchor.data.sources import ImageSet, channel_stats
+from fastanchor.data import feeds
+from fastanchor.data.encoded import Encoded
+from fastanchor.data.extra import Mixed
+from fastanchor.data.judged import judged_split
+from fastanchor.data.order import epoch_order
+from fastanchor.data.sources import ImageSet, image_stats
+from fastanchor.data.stream import FeedSpec
 from fastanchor.errors import UserError
 from fastanchor.evaluate.accuracy import measure
 from fastanchor.evaluate.protocol import parse_attack
@@ -38,7 +43,7 @@ from fastanchor.train.optim import (
 )
 from fastanchor.train.progress import Reporter, speed_line
 from fastanchor.train.run import RunDir, model_from_config
-from fastanchor.train.step import TrainStep
+from fastanchor.train.step import TrainStep, data_views
 from fastanchor.train.throughput import StepCost, Throughput, step_cost
 
 # On a GPU a look at the verdict costs a wait, so divergence is noticed at most this many steps late; the step named is exact.
@@ -148,8 +153,13 @@ def _fingerprint(images: ImageSet) -> str:
     """A digest of the images and labels that a training sees, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for split in (images.train, images.val):
-        digest.update(split.images.contiguous().numpy())
-        digest.update(split.labels.numpy())
+        if isinstance(split, Encoded):
+            digest.update(split.digest())
+        else:
+            digest.update(split.images.contiguous().numpy())
+            digest.update(split.labels.numpy())
+    if images.extra is not None:
+        digest.update(images.extra.digest())
     return digest.hexdigest()
 
 
@@ -179,6 +189,7 @@ class _Stage:
     step: TrainStep
     cost: StepCost
     average: WeightAverage | None
+    feed: feeds.Feed
     best: _Best = field(default_factory=_Best)
 
 
@@ -188,13 +199,16 @@ class _Trainer:
         self.throughput = Throughput(device, started)
         self.config, self.run, self.device, self.reporter = config, run, device, reporter
         self.class_names = images.class_names
-        self.mean, self.std = channel_stats(images.train.images)
+        self.mean, self.std = image_stats(images.train)
         if min(self.std) == 0:
             raise UserError(f"{images.name}: a colour channel has the same value in all training images")
         self.data = _fingerprint(images)
-        self.train_set = ResidentSplit(images.train, device)
+        self.train_set = images.train if images.extra is None else Mixed(images.train, images.extra)
+        self.labels, self.extra = images.train.labels, 0 if images.extra is None else len(images.extra)
+        self.backend, why = feeds.choose(config.data.backend, self.train_set, device)
+        reporter.say(f"data: {self.backend}: {why}")
         validation = images.val if config.val.limit is None else images.val.subset(config.val.limit)
-        self.val_set = ResidentSplit(validation, device)
+        self.val_set = judged_split(validation, device)
         self.val_attack = parse_attack(config.val.attack, default_eps=config.attack.eps)
         self.val_perturb = self.val_attack.build()
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -214,23 +228,28 @@ class _Trainer:
         method = build_method(config, number)
         optimizer = build_optimizer(method.trainable(self.model), config.optim)
         average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-        step = TrainStep(config, method, self.model, optimizer, average, self.device, self.train_set.rows)
-        cost = step_cost(method, self.model, tuple(self.train_set.images.shape[1:3]))
-        stage = _Stage(number, step, cost, average)
+        data = config.data
+        spec = FeedSpec(data_views(method), data.augment, self.device, data.pad, data.workers, data.decoder)
+        feed = feeds.open_feed(self.backend, self.train_set, spec)
+        with contextlib.closing(feed):
+            step = TrainStep(config, method, self.model, optimizer, average, self.device, feed.load)
+            cost = step_cost(method, self.model, self.train_set.image_shape)
+            self._run_epochs(_Stage(number, step, cost, average, feed), config, state)
+
+    def _run_epochs(self, stage: _Stage, config: Config, state: dict[str, Any] | None) -> None:
+        number, step = stage.number, stage.step
         first = 1
         if state is not None:
             self._restore(stage, state)
             first = state["epoch"] + 1
-        batch_size = config.batch_size
-        drop_last = len(self.train_set) > batch_size
-        steps = self.train_set.number_of_batches(batch_size, drop_last)
+        steps = -(-len(self._order(config, 0)) // config.batch_size)
         epochs = self.epochs(number)
         self.reporter.start_stage(
             f"stage {number}: {self.config.method if number == 1 else config.stage2.mode}", epochs, first - 1, steps
         )
         try:
             for epoch in range(first, epochs + 1):
-                row = self._epoch(stage, config, epoch, epochs, batch_size, drop_last, steps)
+                row = self._epoch(stage, config, epoch, epochs, steps)
                 if epoch == first:
                     self.reporter.say(step.describe())
                 self._validate_and_save(stage, row, last=epoch == epochs)
@@ -242,27 +261,34 @@ class _Trainer:
         if number == 2:
             self._compare_stages(stage.best)
 
-    def _epoch(
-        self, stage: _Stage, config: Config, epoch: int, epochs: int, batch_size: int, drop_last: bool, steps: int
-    ) -> dict:
+    def _order(self, config: Config, seed: int) -> torch.Tensor:
+        """An epoch's indices; the number of them does not depend on the seed."""
+        data = config.data
+        return epoch_order(
+            self.labels, batch_size=config.batch_size, generator=torch.Generator().manual_seed(seed),
+            drop_last=len(self.labels) > config.batch_size, sampler=data.sampler, per_class=data.per_class, extra=self.extra,
+            extra_share=data.extra_share,
+        )  # fmt: skip
+
+    def _epoch(self, stage: _Stage, config: Config, epoch: int, epochs: int, steps: int) -> dict:
         started = time.perf_counter()
         step = stage.step
         seeds = {name: derive_seed(config.seed, stage.number, epoch, name) for name in ("order", "augment", "attack", "other")}
         step.reset(seeds)
-        order = torch.Generator().manual_seed(seeds["order"])
         torch.manual_seed(seeds["other"])
+        batches = stage.feed.epoch(self._order(config, seeds["order"]), config.batch_size, seeds["augment"])
         first_step = (epoch - 1) * steps + 1
         lr, trained = 0.0, 0
-        for i, indices in enumerate(self.train_set.shuffled(batch_size, generator=order, drop_last=drop_last)):
+        for i, batch in enumerate(batches):
             progress = epoch - 1 + (i + 0.5) / steps
             lr = learning_rate(config.optim, progress, epochs)
             set_learning_rate(step.optimizer, lr)
             try:
-                step(indices, progress=progress)
+                step(*batch, progress=progress)
             except torch.OutOfMemoryError as error:
-                raise explain_out_of_memory(error, step, indices) from error
+                raise explain_out_of_memory(error, step, *batch) from error
             self.throughput.step_done()
-            trained += len(indices)
+            trained += len(batch[0])
             if (i + 1) % FINITE_CHECK_EVERY[self.device.type] == 0 or i + 1 == steps:
                 step.check_finite(first_step)
             self.reporter.step()

@@ -39,6 +39,14 @@ class NonFinite(UserError):
     """The loss or its gradient became NaN or infinite."""
 
 
+Images = Tensor | augmentation.Rows | augmentation.Prepared
+
+
+def data_views(method: Method) -> tuple[str, ...]:
+    """The views of a method that come from the data; the augmented one always, since attacks begin from it."""
+    return ("clean", "aug") if "clean" in method.views else ("aug",)
+
+
 def as_given(images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The batch is the images and labels themselves."""
     return images_u8, labels
@@ -47,14 +55,15 @@ def as_given(images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class TrainStep:
     """Callable on a batch; owns the sums that an epoch's metrics are made of.
 
-    load: from what a batch is made of (indices into a resident set, say) to images uint8 (B, H, W, 3), or the `Rows` of a store,
-    and labels (B,), on the device; it is a part of the step, and of its graph. notes: how the step is run and why, for people,
+    load: from what a batch is made of (indices into a resident set, say; every tensor begins with the batch) to images uint8
+    (B, H, W, 3), or the `Rows` of a store, or views `Prepared` by a feed, and labels (B,), on the device; it is a part of the
+    step, and of its graph. notes: how the step is run and why, for people,
     after the first one.
     """
 
     def __init__(
         self, config: Config, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
-        device: torch.device, load: Callable[..., tuple[Tensor | augmentation.Rows, Tensor]] = as_given,
+        device: torch.device, load: Callable[..., tuple[Images, Tensor]] = as_given,
     ):  # fmt: skip
         self.config, self.method, self.model, self.optimizer, self.average = config, method, model, optimizer, average
         self.device, self.load = device, load
@@ -106,15 +115,18 @@ class TrainStep:
         for name, generator in self.generators.items():
             generator.manual_seed(seeds[name])
 
-    def make_views(self, images_u8: Tensor | augmentation.Rows, labels: Tensor) -> dict[str, Tensor]:
+    def make_views(self, images: Images, labels: Tensor) -> dict[str, Tensor]:
         """The method's inputs by name: fp32 (B, 3, H, W) in [0, 1], channels-last."""
         data = self.config.data
         made: dict[str, Tensor] = {}
-        if "clean" in self.method.views:
-            gathered = images_u8.gather() if isinstance(images_u8, augmentation.Rows) else images_u8
-            made["clean"] = augmentation.to_float(gathered)
-        generator = self.generators["augment"]
-        made["aug"] = augmentation.augment(images_u8, data.augment, generator, pad=data.pad, fused=self.fused_views)
+        if isinstance(images, augmentation.Prepared):
+            made = {name: images.view(name) for name in data_views(self.method)}
+            self.fused_views, self._views_note = False, "the views come from the data backend"
+        else:
+            if "clean" in self.method.views:
+                made["clean"] = augmentation.to_float(images.gather() if isinstance(images, augmentation.Rows) else images)
+            generator = self.generators["augment"]
+            made["aug"] = augmentation.augment(images, data.augment, generator, pad=data.pad, fused=self.fused_views)
         if not self.config.channels_last:
             made = {name: view.contiguous() for name, view in made.items()}
         if self.attack is not None:
@@ -184,11 +196,11 @@ class TrainStep:
         return found + ([] if self.average is None else self.average.tensors())
 
     def _iterate(self, *batch: Tensor) -> None:
-        images_u8, labels = self.load(*batch)
+        images, labels = self.load(*batch)
         self.method.train_mode(self.model)
         # Before the backward pass of a capture they must be gone: the graph's own memory holds its gradients.
         self.optimizer.zero_grad(set_to_none=True)
-        views = self.make_views(images_u8, labels)
+        views = self.make_views(images, labels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             out = self.method.outputs(self.model, views, self.forward)
         terms = self.method.loss(out, labels, self.progress)
