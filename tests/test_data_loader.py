@@ -370,11 +370,16 @@ def test_an_interrupt_ends_the_workers(feed):
         list(one._make(breaking()))
     assert not multiprocessing.active_children()
     same(all_of(one, order), expected)
-    # Ctrl-C reaches the workers too: one that has gone between two epochs is replaced.
+    # Ctrl-C reaches the workers too, who leave it to this process.
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGINT)
+    same(all_of(one, order), expected)
+    assert multiprocessing.active_children() == [worker]
+    # One that has ended between two epochs, whatever the reason, is replaced.
+    os.kill(worker.pid, signal.SIGTERM)
     worker.join(10)
     same(all_of(one, order), expected)
+    assert multiprocessing.active_children() != [worker]
 
 
 def test_what_a_worker_is_given_can_be_sent_to_it():

@@ -6,6 +6,7 @@ Workers draw nothing at random: they are told of every image which box, offset a
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class TorchFeed(StreamFeed):
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
-        """End the workers if the body fails, by Ctrl-C too: it reaches them as well, in the middle of something."""
+        """End the workers if the body fails, by Ctrl-C too: what they send may be half received."""
         try:
             yield
         except BaseException as error:
@@ -107,6 +108,7 @@ class TorchFeed(StreamFeed):
             persistent_workers=workers > 0,
             multiprocessing_context="fork" if workers and forks else None,
             pin_memory=self.spec.device.type == "cuda",
+            worker_init_fn=_begin,
             generator=torch.Generator(),  # for the workers' seeds, which would be taken from the global generator
         )
 
@@ -133,6 +135,12 @@ class _Jobs(Iterable):
 
     def __iter__(self) -> Iterator[PlainJob]:
         return self.planned
+
+
+def _begin(worker: int) -> None:
+    # Ctrl-C reaches all processes of a terminal. This one decides what follows; workers that end by themselves would leave
+    # batches that are announced and cannot be fetched.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _plain(job: Job) -> PlainJob:

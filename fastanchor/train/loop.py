@@ -206,7 +206,7 @@ class _Trainer:
         self.train_set = images.train if images.extra is None else Mixed(images.train, images.extra)
         self.labels, self.extra = images.train.labels, 0 if images.extra is None else len(images.extra)
         self.backend, why = feeds.choose(config.data.backend, self.train_set, device)
-        reporter.say(f"data: {self.backend}: {why}")
+        reporter.say(f"data: {images.why + '; ' if images.why else ''}fed by {self.backend}: {why}")
         validation = images.val if config.val.limit is None else images.val.subset(config.val.limit)
         self.val_set = judged_split(validation, device)
         self.val_attack = parse_attack(config.val.attack, default_eps=config.attack.eps)
