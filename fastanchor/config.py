@@ -67,7 +67,7 @@ class DataConfig:
     extra: str | None = None
     """npz of more training images, generated ones say (memory-mapped), mixed into every batch."""
     extra_share: Number = 0.7
-    """Share of a batch that comes from `extra`; an epoch is one pass over the other images."""
+    """Share of a batch that comes from `extra`; an epoch has as many batches as without it."""
     download: bool = False
     """Download a missing archive (needs the extra `vision`)."""
     augment: Literal["crop_flip", "crop", "resized_crop_flip", "simclr", "none"] = "crop_flip"

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from graph_emulator import Emulator
 from PIL import Image
+from test_step import CPU
+from test_step_graphed import IMAGES, LABELS, SEEDS, assert_same, make_step
 from test_train import SMALL, assert_equal_bits, config_of, weights
 
+from fastanchor import graphs
 from fastanchor.config import Config
 from fastanchor.data import feeds, sources
 from fastanchor.data.dali import find_dali
@@ -67,6 +71,29 @@ def test_contrastive_views_differ_by_rounding_alone(backend, resident, tmp_path)
     for found, expected in zip(losses(run), losses(resident(*flags)), strict=True):
         assert found == pytest.approx(expected, rel=0.01)
     assert losses(run) != pytest.approx(losses(resident("--optim.lr", "0.001")), rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "names, flags",
+    [(("aug",), []), (("aug",), ["--data.augment", "simclr"]), (("clean", "aug"), ["--loss.views", "clean+aug+adv"])],
+    ids=["crop", "simclr", "three views"],
+)
+def test_a_captured_step_takes_streamed_batches(names, flags):
+    """As a CUDA graph: the emulator's replays have the bits of plain steps; batches come with other numbers in the same shapes."""
+    spec = feeds.FeedSpec(names, "simclr" if flags[:1] == ["--data.augment"] else "crop_flip", CPU, workers=0)
+    split = sources.Split(IMAGES, LABELS)
+    steps = {graph: make_step("--engine.graph", graph, *flags) for graph in ("on", "off")}
+    for step in steps.values():
+        feed = feeds.open_feed("torch", split, spec)
+        step.load = feed.load
+        with graphs.use_recorder(Emulator):
+            for epoch in range(2):
+                step.reset(SEEDS)
+                for batch in feed.epoch(torch.arange(60), 12, seed=epoch):
+                    assert all(len(part) == 12 for part in batch)
+                    step(*batch, progress=0.5 * epoch)
+    assert len(steps["on"]._graphs) == 1 and len(steps["off"]._graphs) == 0
+    assert_same(steps["on"], steps["off"])
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +263,22 @@ def test_backends_that_cannot_serve_are_refused(photographs, monkeypatch):
     monkeypatch.setattr(feeds, "find_dali", lambda: (False, "not installed"))
     with pytest.raises(UserError, match="data.backend = dali: not installed"):
         feeds.choose("dali", encoded, cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_streamed_training_on_a_gpu(backend, graph, tmp_path):
+    """Both backends take the host's draws, so the losses are those of torch's loader without a graph, to rounding."""
+    flags = ["--device", "cuda", "--epochs", "2", "--data.workers", "2"]
+    expected = trained(tmp_path / "plain", config_of(*flags, "--data.backend", "torch", "--engine.graph", "off"))
+    run = trained(tmp_path / "run", config_of(*flags, "--data.backend", backend, "--engine.graph", graph))
+    assert losses(run) == pytest.approx(losses(expected), rel=0.02)
+
+
+@pytest.mark.gpu
+@needs_dali
+@pytest.mark.parametrize("decoder", ["mixed", "cpu"])
+def test_photographs_on_a_gpu(decoder, photographs, tmp_path):
+    config = files_config(photographs, "--data.backend", "dali", "--data.decoder", decoder, "--device", "cuda")
+    assert np.isfinite(losses(trained(tmp_path / "run", config))).all()

@@ -30,9 +30,9 @@ def epoch_order(
     times in it, each time as a view of its own. To refuse that would rule out every set with one rare class.
     extra: number of extra images, indices n to n + extra - 1. Every batch has round(extra_share * batch_size) of them, without
     repeats in an epoch until all were shown, spread evenly between the real ones, so that every process's part of a batch
-    has its share of both. An epoch is one pass over the real images, n / (batch_size (1 - extra_share)) batches. Elsewhere it
-    is as many batches as without extra images, at the usual share 0.7 three tenths of that: Rebuffi et al. 2021
-    (deepmind-research, adversarial_robustness/jax/experiment.py), Wang et al. 2023 (DM-Improves-AT, core/data/semisup.py).
+    has its share of both. An epoch has as many batches as without extra images, and so shows 1 - extra_share of the real ones,
+    drawn anew each time, as in the code of Rebuffi et al. 2021 (deepmind-research, adversarial_robustness/jax/experiment.py)
+    and Wang et al. 2023 (DM-Improves-AT, core/data/semisup.py): their numbers of epochs can be taken over.
     Raises UserError for sizes that do not go together, ValueError for a generator of another device.
     """
     if batch_size < 1:
@@ -42,10 +42,9 @@ def epoch_order(
     added = _added(batch_size, extra_share) if extra else 0
     real = batch_size - added
     whose = " that are not from data.extra" if extra else ""
-    if drop_last and real > len(labels):
-        part = f", and the {real} of them{whose}" if extra else " and"
+    if drop_last and batch_size > len(labels):
         raise UserError(
-            f"batch size is {batch_size}{part} must be at most {len(labels)}, the number of images, since an incomplete last "
+            f"batch size is {batch_size} and must be at most {len(labels)}, the number of images, since an incomplete last "
             "batch is dropped"
         )
     if sampler == "shuffle":
@@ -58,7 +57,10 @@ def epoch_order(
         raise ValueError(f"sampler is {sampler!r} and must be one of {SAMPLERS}")
     if drop_last:
         order = order[: len(order) // real * real]
-    return _mixed(order, real, added, len(labels), extra, generator) if extra else order
+    if not extra:
+        return order
+    batches = len(labels) // batch_size if drop_last else -(-len(labels) // batch_size)
+    return _mixed(order[: batches * real], real, added, len(labels), extra, generator)
 
 
 def _added(batch_size: int, share: float) -> int:
