@@ -193,8 +193,8 @@ def _load(arguments):
         folder = arguments.data.startswith("folder:")
         size, classes = (data.image_size, data.classes) if folder else (None, None)
         data = dataclasses.replace(data, source=arguments.data, limit=None, image_size=size, classes=classes, labels=None)
-    data = dataclasses.replace(data, skip_broken=data.skip_broken or arguments.skip_broken)
-    return trained, load_images(dataclasses.replace(trained.config, data=data)), device
+    data = dataclasses.replace(data, skip_broken=data.skip_broken or arguments.skip_broken, extra=None)
+    return trained, load_images(dataclasses.replace(trained.config, data=data), device), device
 
 
 def _eval(arguments, _settings) -> int:

@@ -24,13 +24,13 @@ from fastanchor.train.progress import Reporter
 from fastanchor.train.run import RunDir, Trained, load_trained
 
 
-def load_images(config: Config) -> ImageSet:
-    """The data set of a configuration."""
+def load_images(config: Config, device: torch.device | None = None) -> ImageSet:
+    """The data set of a configuration, for use on `device` (None: the configuration's)."""
     data = config.data
     images = sources.load(
         data.source, root=data.root, limit=data.limit, val_fraction=data.val_fraction, split_seed=data.split_seed,
         skip_broken=data.skip_broken, image_size=data.image_size, download=data.download, classes=data.classes,
-        labels=data.labels, backend=data.backend, budget=feeds.budget(environment.pick_device(config.device)),
+        labels=data.labels, backend=data.backend, budget=feeds.budget(device or environment.pick_device(config.device)),
         augment=data.augment,
     )  # fmt: skip
     if data.extra is None:
@@ -47,7 +47,7 @@ def train_and_judge(config: Config, run: RunDir, *, resume: bool, reporter: Repo
     if not resume:
         run.check_free()
     specs = [parse_attack(text, default_eps=config.attack.eps) for text in config.eval.attacks]
-    images = load_images(config)
+    images = load_images(config, device)
     if any(spec.name == "autoattack" for spec in specs):
         require_autoattack(images.num_classes)  # better said now than after hours of training
     for note in images.notes:

@@ -55,6 +55,13 @@ def test_eval_of_other_images_does_not_replace_the_run_s_own_results(run, capsys
     assert stored["count"] == 20 and stored["seed"] == 3
 
 
+def test_eval_needs_neither_the_training_s_device_nor_its_extra_images(run, tmp_path):
+    state = torch.load(run / "checkpoints" / "best.pt", weights_only=True)
+    state["config"]["device"], state["config"]["data"]["extra"] = "cuda:7", str(tmp_path / "gone.npz")
+    torch.save(state, tmp_path / "model.pt")
+    assert main(["eval", str(tmp_path / "model.pt"), "--attack", "fgsm", "--limit", "20", "--device", "cpu"]) == 0
+
+
 def test_eval_takes_a_checkpoint_other_data_and_eps(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     arrays = {f"{split}_images": rng.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8) for split in ("train", "test")}
