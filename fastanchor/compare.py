@@ -95,7 +95,7 @@ def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) ->
             config = dataclasses.replace(base, seed=seed)
             run = RunDir(out / f"{slug(name)}-seed{seed}")
             resume = (run.path / "config.yaml").exists()
-            if resume and run.open() != config:
+            if resume and run.open() != run.settled(config):
                 raise UserError(f"{run.path}: holds a run of other settings; choose another --out")
             reporter.log = run.path / "train.log"
             reporter.say(f"\n== {name}, seed {seed} -> {run.path}")

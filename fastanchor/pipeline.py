@@ -44,7 +44,9 @@ def train_and_judge(config: Config, run: RunDir, *, resume: bool, reporter: Repo
     """The whole of `fastanchor train`; returns the evaluation results. What a resumed run has already, it keeps."""
     check_config(config)
     device = environment.pick_device(config.device)
-    if not resume:
+    if resume:
+        config = run.settled(config)
+    else:
         run.check_free()
     specs = [parse_attack(text, default_eps=config.attack.eps) for text in config.eval.attacks]
     images = load_images(config, device)

@@ -174,7 +174,7 @@ def test_run_without_a_checkpoint_yet(refused, tiny_run, tmp_path):
         (["--limit", "0"], "--limit = 0: must be >= 1"),
         (["--limit", "-5"], "--limit = -5: must be >= 1"),
         (["--device", "tpu"], "device = 'tpu': must be auto, cpu, cuda or cuda:N"),
-        (["--data", "digit"], "data source 'digit' is unknown, and must be one of digits, cifar10, cifar100, folder:PATH, npz:PATH, "
+        (["--data", "digit"], "data source 'digit' is unknown, and must be one of digits, cifar10, cifar100, cifar100:coarse, folder:PATH, packed:PATH, npz:PATH, "
                               "synthetic; did you mean 'digits'?"),
         (["--attack", "pgd20:eps=inf"], "attack 'pgd20:eps=inf': eps = inf: must be >= 0"),
         (["--attack", "pgd20:norm=l1"], "attack 'pgd20:norm=l1': norm = 'l1': must be one of linf, l2"),

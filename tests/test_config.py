@@ -336,8 +336,9 @@ def test_names_of_recipes():
 def test_packaged_recipes_are_complete_and_go_together(name):
     config = load_recipe(name)
     check_config(config)
-    assert config != Config() and config.data.source == "cifar10"
-    assert config.attack.eps == 8 / 255 and config.attack.step_size == 2 / 255
+    source, eps = ("folder:imagenet", 4 / 255) if name.endswith("imagenet") else ("cifar10", 8 / 255)
+    assert config != Config() and config.data.source == source and config.attack.eps == eps
+    assert config.attack.step_size == (8 / 765 if name.endswith("imagenet") else 2 / 255)
     for text in (*config.eval.attacks, config.val.attack):
         assert parse_attack(text, default_eps=config.attack.eps).eps > 0
     assert from_dict(settings.to_dict(config), "again") == config

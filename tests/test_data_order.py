@@ -131,9 +131,18 @@ def test_every_batch_has_its_share_of_extra_images(sizes, extra, batch_size, sha
     assert 0 <= found.min() and found.max() < n + extra
     batches = list(found.split(batch_size))
     assert len(batches) == (n // batch_size if drop_last else -(-n // batch_size))
-    # The real images are the beginning of a sampler's own order of batches of their part.
-    real, alone = found[found < n], draw(labels, ours, seed, drop_last, **more)
-    assert torch.equal(real, alone[: len(batches) * ours])
+    # The real images are what the sampler gives of so many, not a longer order cut off.
+    real = found[found < n]
+    if sampler == "shuffle":
+        assert torch.equal(real, torch.randperm(n, generator=seeded(seed))[: len(batches) * ours])
+    shown = labels[real].bincount(minlength=len(sizes))[torch.tensor(sizes) > 0]
+    if sampler == "class_balanced":
+        assert len(real) == min(len(batches) * ours, n) and shown.max() - shown.min() <= 1
+    if sampler == "m_per_class":
+        assert len(real) == len(batches) * ours and shown.max() - shown.min() <= ours
+        assert all(len(set(turn.tolist())) == 1 for turn in labels[real].split(ours))
+    if sampler != "shuffle":
+        assert all(no_early_repeats([i for i in real.tolist() if labels[i] == c], max(sizes[c], 1)) for c in range(len(sizes)))
     whole = len(real) // ours
     for batch in batches[:whole]:
         assert len(batch) == batch_size and (batch >= n).sum() == theirs
@@ -153,6 +162,17 @@ def test_an_epoch_has_as_many_batches_as_without_extra_images():
     assert len(found) == 64 * (1000 // 64) and (found >= 1000).sum() == 45 * (1000 // 64)
     assert len(set(found.tolist())) == len(found)
     assert set(draw(torch.arange(1000) % 10, 64, 1, drop_last=True, extra=5000)[:64].tolist()) != set(found[:64].tolist())
+
+
+@pytest.mark.parametrize("sampler", ["class_balanced", "m_per_class"])
+def test_classes_stay_balanced_beside_extra_images(sampler):
+    """10 batches of 30 real images from 10 classes: 30 of each class, no image twice, and other ones in another epoch."""
+    labels = labels_of([100] * 10)
+    more = {"drop_last": True, "sampler": sampler, "per_class": 3, "extra": 5000, "extra_share": 0.7}
+    epochs = [found[found < 1000] for found in (draw(labels, 100, seed, **more) for seed in range(2))]
+    for real in epochs:
+        assert labels[real].bincount().tolist() == [30] * 10 and len(set(real.tolist())) == 300
+    assert set(epochs[0].tolist()) != set(epochs[1].tolist())
 
 
 @given(st.integers(0, 60), st.integers(1, 600), st.integers(0, 2**31))
@@ -214,6 +234,12 @@ def test_orders_are_what_they_were():
         "shuffle": [6, 0, 3, 7, 8, 5, 1, 9, 2, 4],
         "class_balanced": [4, 5, 5, 2, 7, 9, 4, 1, 8, 0],
         "m_per_class": [4, 5, 0, 2, 7, 9, 5, 4, 8, 6, 3, 1],
+    }
+    dropped = {sampler: draw(labels, 4, 3, True, sampler=sampler, per_class=2).tolist() for sampler in SAMPLERS}
+    assert dropped == {
+        "shuffle": [6, 0, 3, 7, 8, 5, 1, 9],
+        "class_balanced": [4, 5, 5, 2, 7, 9, 4, 1],
+        "m_per_class": [4, 5, 0, 2, 7, 9, 5, 4],
     }
     assert draw(labels, 4, 3, extra=100, extra_share=0.5).tolist() == [6, 49, 0, 24, 3, 101, 7, 35, 8, 99, 5, 96]
 

@@ -532,6 +532,16 @@ def test_statistics_of_encoded_images_are_those_of_a_fixed_sample(photos, monkey
     assert image_stats(held.train) == channel_stats(held.train.images)
 
 
+def test_statistics_of_encoded_images_decode_a_few_at_once(photos, monkeypatch):
+    kept = load(photos, backend="torch").train
+    expected, asked, real = channel_stats(kept.images), [], Encoded.decode
+    monkeypatch.setattr(Encoded, "decode", lambda split, indices: asked.append(len(indices)) or real(split, indices))
+    for pixels, pieces in ((7 * 40 * 40, [7] * 7 + [5]), (1, [1] * 54)):  # also where one image is more than a piece
+        monkeypatch.setattr(sources, "STATS_PIXELS", pixels)
+        asked.clear()
+        assert image_stats(kept) == expected and asked == pieces
+
+
 # Channel statistics
 
 

@@ -1,16 +1,26 @@
-"""Accuracy, full precision, AutoAttack with its stages and resume, and what results hold."""
+"""Accuracy, full precision, AutoAttack with its stages and resume, adversarial images, and what results hold."""
 
+import gc
+import io
 import json
+from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fastanchor.attacks import PGD
+from fastanchor.data.encoded import Encoded
+from fastanchor.data.judged import judged_split
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split, load
 from fastanchor.errors import UserError
+from fastanchor.evaluate import autoattack as module
 from fastanchor.evaluate.accuracy import measure
+from fastanchor.evaluate.adversarial import write_adversarial
 from fastanchor.evaluate.autoattack import STAGES, autoattack
 from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.evaluate.results import evaluate, load_results
@@ -45,6 +55,32 @@ def model(digits_split):
         nn.functional.cross_entropy(model(images), digits_split.labels).backward()
         optimizer.step()
     return model
+
+
+class Pngs:
+    """A store of PNG images that counts how often each one is read."""
+
+    def __init__(self, images):
+        self.files, self.reads = [], Counter()
+        for image in images.numpy():
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "png")
+            self.files.append(file.getvalue())
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, index):
+        self.reads[index] += 1
+        return self.files[index]
+
+
+def encoded(split):
+    """The same images, still to be decoded."""
+    count, size = len(split), split.image_shape[0]
+    return Encoded(
+        Pngs(split.images), np.arange(count), split.labels, torch.full((2, count), size), np.zeros(count, bool), image_size=size
+    )
 
 
 def test_clean_accuracy_overall_and_by_class(model, digits_split):
@@ -220,6 +256,89 @@ def test_autoattack_goes_on_where_it_stopped(model, digits_split, tmp_path, monk
     state.write_text("{half")
     with pytest.raises(UserError, match="not a state of an AutoAttack evaluation"):
         autoattack(model, data, spec, state_path=state, **options)
+
+
+class Halving:
+    """An attacker that fools every second image it is given, and notes what that was."""
+
+    def __init__(self, *args, **more):
+        self.apgd_targeted, self.fab, self.given, self.alive = SimpleNamespace(), SimpleNamespace(), [], []
+
+    def run_standard_evaluation(self, x, y, *, batch_size):
+        assert x.is_contiguous() and x.dtype == torch.float32 and batch_size == len(x)
+        held = {t.data_ptr(): len(t) for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[1:] == x.shape[1:]}
+        self.alive.append(sum(held.values()))
+        self.given.append((self.attacks_to_run[0], x.numpy().copy()))
+        return x, torch.where(torch.arange(len(y)) % 2 == 0, y, y + 1)
+
+
+@pytest.mark.parametrize("kind", ["resident", "encoded"])
+def test_autoattack_holds_one_batch_in_fp32(digits_split, model, monkeypatch, tmp_path, kind):
+    pytest.importorskip("pyautoattack")  # its version is part of the result
+    few = Split(digits_split.images[:60], digits_split.labels[:60])
+    attackers, converted = [], []
+    monkeypatch.setattr(
+        module, "require_autoattack", lambda classes: lambda *a, **m: attackers.append(Halving()) or attackers[-1]
+    )
+    real = module.to_float
+    monkeypatch.setattr(module, "to_float", lambda images: converted.append(len(images)) or real(images))
+    data = ResidentSplit(few, "cpu") if kind == "resident" else judged_split(encoded(few), "cpu")
+    options = {"num_classes": 10, "batch_size": 10, "state_path": tmp_path / "state.json"}
+    score, more = autoattack(model, data, parse_attack("autoattack:eps=0.02", default_eps=0.1), **options)
+    (attacker,) = attackers
+    given = attacker.given
+    assert max(converted) == max(attacker.alive) == 10
+    # What each stage is given, batch by batch: all images that were held before, in their order.
+    images = few.images.permute(0, 3, 1, 2) / 255
+    robust = model(images).argmax(1) == few.labels
+    expected = []
+    for stage in STAGES:
+        for chunk in robust.nonzero().flatten().split(10):
+            expected.append((stage, images[chunk]))
+            robust[chunk[1::2]] = False
+    assert [stage for stage, _ in given] == [stage for stage, _ in expected] and len(given) > 8
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(given, expected, strict=True))
+    assert torch.equal(score.correct, robust) and more["stages"]["square"] == 100 * robust.sum().item() / 60
+
+
+@pytest.mark.parametrize("kind", ["resident", "encoded"])
+def test_the_fingerprint_of_an_evaluation_is_what_it_was(monkeypatch, tmp_path, kind):
+    """Written down: a state that an earlier version has left is continued. It never depends on how images are stored."""
+    pytest.importorskip("pyautoattack")
+    monkeypatch.setattr(module, "require_autoattack", lambda classes: Halving)
+    images = (torch.arange(23 * 8 * 8 * 3) * 7 % 256).to(torch.uint8).view(23, 8, 8, 3)
+    split = Split(images, torch.arange(23) % 10)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with torch.no_grad():
+        model[1].weight.copy_((torch.arange(1920) % 17 - 8).view(10, 192) / 64)
+        model[1].bias.copy_(torch.arange(10) / 8)
+    data = ResidentSplit(split, "cpu") if kind == "resident" else judged_split(encoded(split), "cpu")
+    state, spec = tmp_path / "state.json", parse_attack("autoattack:eps=0.02", default_eps=0.1)
+    autoattack(model, data, spec, num_classes=10, batch_size=10, state_path=state)
+    assert json.loads(state.read_text())["identity"] == {
+        "fingerprint": "bab2b504d2668ab14829fea594b8e326504381a6db04c22144491099d22291b1",
+        "eps": 0.02,
+        "norm": "linf",
+        "batch_size": 10,
+        "seed": 0,
+    }
+
+
+def test_adversarial_images_of_encoded_ones_are_decoded_once(model, digits_split, tmp_path):
+    few = Split(digits_split.images[:12], digits_split.labels[:12])
+    names = [str(c) for c in range(10)]
+    config = SimpleNamespace(eval=SimpleNamespace(batch_size=5))
+    trained = SimpleNamespace(model=model, config=config, class_names=names, path="x/best.pt")
+    kept, spec = encoded(few), parse_attack("pgd2", default_eps=0.1)
+    summaries = [
+        write_adversarial(trained, split, spec, tmp_path / kind, device=torch.device("cpu"), seed=1)
+        for kind, split in (("resident", few), ("encoded", kept))
+    ]
+    assert summaries[0] == summaries[1] and summaries[0]["count"] == 12
+    assert kept.store.reads == Counter(range(12)) and "images" not in vars(kept)
+    found, truth = (np.load(tmp_path / kind / "adversarial.npz") for kind in ("encoded", "resident"))
+    assert all(np.array_equal(found[key], truth[key]) for key in truth.files)
+    assert np.array_equal(found["clean"], few.images.numpy()) and found["clean"].dtype == np.uint8
 
 
 def test_autoattack_missing_or_with_too_few_classes(model, digits_split, monkeypatch):

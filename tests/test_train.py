@@ -52,7 +52,7 @@ def test_a_run_leaves_what_its_contract_says_and_the_loss_falls(images, tmp_path
     )
     run = RunDir(tmp_path / "run")
     train(config, images, run)
-    assert load_file(run.path / "config.yaml") == config
+    assert load_file(run.path / "config.yaml") == parse_flags(["--data.backend", "resident"], config)
     environment = json.loads((run.path / "env.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__ and environment["device"].startswith("CPU")
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]

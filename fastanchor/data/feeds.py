@@ -8,6 +8,7 @@ All give the same images in the same order for the same seed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,6 +27,8 @@ from fastanchor.errors import UserError
 BACKENDS = ("resident", "dali", "torch")
 # Of the memory that is free when the training begins; the rest is the network's and its activations'.
 RESIDENT_SHARE = 0.4
+UNKNOWN = 2**63 - 1
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 class Feed(Protocol):
@@ -51,25 +54,48 @@ def open_feed(backend: str, split: Split | Mixed | Encoded, spec: FeedSpec) -> F
     if backend == "resident":
         if isinstance(split, Encoded):
             raise UserError("data.backend = resident: keeps decoded images in memory, and these are kept encoded")
-        return ResidentFeed(split, spec)
+        try:
+            return ResidentFeed(split, spec)
+        except torch.OutOfMemoryError as error:
+            needed = _bytes(_size(split))
+            raise UserError(
+                f"data.backend = resident: {needed} of images do not fit in the memory of {spec.device}, beside what is there; "
+                "dali and torch keep them on the host"
+            ) from error
     return {"dali": DaliFeed, "torch": TorchFeed}[backend](split, spec)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device: of the GPU, or of this machine's memory for a CPU."""
+    """Bytes that are free on the device: of the GPU, or for a CPU of this machine's memory and of the container's share of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return min(_free_of_machine(), _free_of_container())
+
+
+def _free_of_machine() -> int:
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = dict(line.split(":") for line in file)
-        return 1024 * int(found["MemAvailable"].split()[0])
+        return 1024 * int(_table(Path("/proc/meminfo"))["MemAvailable:"])
     except (OSError, KeyError):  # not Linux: nothing is known, so nothing is refused
-        return 2**63 - 1
+        return UNKNOWN
+
+
+def _free_of_container() -> int:
+    """By Linux's control groups, version 2. Cached files count as free, as they do in MemAvailable."""
+    try:
+        limit, used = ((CONTAINER / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        cached = _table(CONTAINER / "memory.stat")["inactive_file"]
+        return UNKNOWN if limit == "max" else max(0, int(limit) - int(used) + int(cached))
+    except (OSError, KeyError):
+        return UNKNOWN
+
+
+def _table(path: Path) -> dict[str, str]:
+    return dict(line.split()[:2] for line in path.read_text(encoding="ascii").splitlines())
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that a resident set may take on this device."""
-    return int(RESIDENT_SHARE * free_memory(device))
+    """Bytes that decoded images may take: on this device, and in this machine's memory, where they are decoded."""
+    return int(RESIDENT_SHARE * min(free_memory(device), free_memory(torch.device("cpu"))))
 
 
 def choose(wanted: str, split: Split | Mixed | Encoded, device: torch.device) -> tuple[str, str]:
@@ -79,16 +105,23 @@ def choose(wanted: str, split: Split | Mixed | Encoded, device: torch.device) ->
         if wanted == "dali" and not installed:
             raise UserError(f"data.backend = dali: {dali}")
         return wanted, f"data.backend = {wanted}"
-    if not isinstance(split, Encoded):
-        height, width = split.image_shape
-        needed, room = 3 * height * width * len(split), budget(device)
+    if isinstance(split, Encoded):
+        why = "the images are kept encoded"
+    elif device.type == "cpu" and not isinstance(split, Mixed):
+        return "resident", "the images are in memory already"
+    else:
+        needed, room = _size(split), int(RESIDENT_SHARE * free_memory(device))
         place = "the GPU" if device.type == "cuda" else "memory"
         if needed <= room:
             return "resident", f"{_bytes(needed)} of images fit into {place}"
         why = f"{_bytes(needed)} of images do not fit into {place}'s {_bytes(room)}"
-    else:
-        why = "the images are kept encoded"
     return ("dali", f"{why}; {dali}") if installed else ("torch", f"{why}, and {dali}")
+
+
+def _size(split: Split | Mixed) -> int:
+    """Bytes of all images of a split as uint8."""
+    height, width = split.image_shape
+    return 3 * height * width * len(split)
 
 
 def _bytes(count: int) -> str:

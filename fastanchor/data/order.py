@@ -23,8 +23,9 @@ def epoch_order(
     labels: int64 (n,) on the CPU, of the real images alone. generator: a CPU generator; nothing else is random.
     drop_last: leave an incomplete last batch out.
     sampler: "shuffle": every image once, in the order of `torch.randperm`. "class_balanced": n indices, every class equally often
-    (as far as n divides) and none of its images a second time before all of them were shown. "m_per_class": batches of
-    batch_size / per_class classes with per_class images each, one class after the other; also the last batch is complete.
+    (as far as n divides; drop_last then takes the last, incomplete batch away) and none of its images a second time before all of
+    them were shown. "m_per_class": batches of batch_size / per_class classes with per_class images each, one class after the
+    other; also the last batch is complete.
     Within an epoch no class has a second turn before every class had one, and no image of a class before all of its images;
     in a batch a class or image comes twice only where a class has fewer than per_class images: one of them is then several
     times in it, each time as a view of its own. To refuse that would rule out every set with one rare class.
@@ -32,7 +33,8 @@ def epoch_order(
     repeats in an epoch until all were shown, spread evenly between the real ones, so that every process's part of a batch
     has its share of both. An epoch has as many batches as without extra images, and so shows 1 - extra_share of the real ones,
     drawn anew each time, as in the code of Rebuffi et al. 2021 (deepmind-research, adversarial_robustness/jax/experiment.py)
-    and Wang et al. 2023 (DM-Improves-AT, core/data/semisup.py): their numbers of epochs can be taken over.
+    and Wang et al. 2023 (DM-Improves-AT, core/data/semisup.py): their numbers of epochs can be taken over. Those that it shows
+    are the beginning of the shuffled order, or as the sampler says of so many: equally many of every class.
     Raises UserError for sizes that do not go together, ValueError for a generator of another device.
     """
     if batch_size < 1:
@@ -47,20 +49,19 @@ def epoch_order(
             f"batch size is {batch_size} and must be at most {len(labels)}, the number of images, since an incomplete last "
             "batch is dropped"
         )
+    batches = len(labels) // batch_size if drop_last else -(-len(labels) // batch_size)
     if sampler == "shuffle":
         order = torch.randperm(len(labels), generator=generator)
     elif sampler == "class_balanced":
-        order = _class_balanced(labels, generator)
+        # To cut a longer order would leave the classes as unequal as its beginning. Without extra images all n are drawn, also
+        # where drop_last cuts a few of them: so it was when the first runs were made, and a resumed run keeps its order.
+        order = _class_balanced(labels, min(batches * real, len(labels)) if extra else len(labels), generator)
     elif sampler == "m_per_class":
-        order = _m_per_class(labels, real, per_class, generator, drop_last, whose)
+        order = _m_per_class(labels, batches, real, per_class, generator, whose)
     else:
         raise ValueError(f"sampler is {sampler!r} and must be one of {SAMPLERS}")
-    if drop_last:
-        order = order[: len(order) // real * real]
-    if not extra:
-        return order
-    batches = len(labels) // batch_size if drop_last else -(-len(labels) // batch_size)
-    return _mixed(order[: batches * real], real, added, len(labels), extra, generator)
+    order = order[: batches * real]
+    return _mixed(order, real, added, len(labels), extra, generator) if extra else order
 
 
 def _added(batch_size: int, share: float) -> int:
@@ -80,22 +81,20 @@ def _by_class(labels: Tensor) -> tuple[Tensor, Tensor]:
     return labels.argsort(stable=True), sizes
 
 
-def _class_balanced(labels: Tensor, generator: torch.Generator) -> Tensor:
+def _class_balanced(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
     images, sizes = _by_class(labels)
     classes = len(sizes)
-    wanted = torch.full((classes,), len(labels) // classes)
-    wanted[torch.randperm(classes, generator=generator)[: len(labels) % classes]] += 1
+    wanted = torch.full((classes,), count // classes)
+    wanted[torch.randperm(classes, generator=generator)[: count % classes]] += 1
     shown = images[_walk(sizes, wanted, 1, generator)]
     # Whose turn it is, at random; each class's images then come in the order in which they were drawn.
-    turns = torch.arange(classes).repeat_interleave(wanted)[torch.randperm(len(labels), generator=generator)]
-    order = torch.empty_like(labels)
+    turns = torch.arange(classes).repeat_interleave(wanted)[torch.randperm(count, generator=generator)]
+    order = torch.empty(count, dtype=torch.int64)
     order[turns.argsort(stable=True)] = shown
     return order
 
 
-def _m_per_class(
-    labels: Tensor, batch_size: int, per_class: int, generator: torch.Generator, drop_last: bool, whose: str
-) -> Tensor:
+def _m_per_class(labels: Tensor, batches: int, batch_size: int, per_class: int, generator: torch.Generator, whose: str) -> Tensor:
     images, sizes = _by_class(labels)
     classes, together = len(sizes), batch_size // max(per_class, 1)
     if per_class < 1 or batch_size % per_class or together > classes:
@@ -105,7 +104,6 @@ def _m_per_class(
             f"data.per_class is {per_class}, and it must divide the {batch_size} images of a batch{whose} and leave at most "
             f"{classes} classes in it, as {nearest} does"
         )
-    batches = len(labels) // batch_size if drop_last else -(-len(labels) // batch_size)
     count = batches * together
     turns = _walk(torch.tensor([classes]), torch.tensor([count]), together, generator)
     shown = images[_walk(sizes, turns.bincount(minlength=classes) * per_class, per_class, generator)]

@@ -6,7 +6,7 @@ Every choice (validation split, limit, test split of digits) depends on split_se
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ FOLDER_SETTINGS = {
 }
 # Enough for a normalisation, and soon decoded.
 STATS_IMAGES = 2000
+STATS_PIXELS = 2**25  # decoded at once for it: 100 MB
 DIGITS_TEST_FRACTION = 0.2
 SYNTHETIC_CLASSES, SYNTHETIC_TRAIN, SYNTHETIC_TEST = 10, 2000, 500
 
@@ -119,15 +120,20 @@ def channel_stats(images: Tensor) -> tuple[tuple[float, float, float], tuple[flo
     images: uint8 (N, H, W, 3) on any device. Sums and squares are integers, so the result is exact up to its last
     rounding; images are taken a piece at a time, without an fp32 copy of all.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.numel() == 0:
-        raise ValueError(f"images must be uint8 (N, H, W, 3) and not empty, not {images.dtype} {tuple(images.shape)}")
-    sums = torch.zeros(2, 3, dtype=torch.int64, device=images.device)
-    pixels_an_image = images.shape[1] * images.shape[2]
-    for piece in images.split(max(1, 2**20 // pixels_an_image)):
-        values = piece.reshape(-1, 3).to(torch.int32)
-        sums[0] += values.sum(0, dtype=torch.int64)
-        sums[1] += (values * values).sum(0, dtype=torch.int64)
-    count = len(images) * pixels_an_image
+    return _stats_of([images])
+
+
+def _stats_of(batches: Iterable[Tensor]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """`channel_stats` of all images of the batches together."""
+    sums, count = 0, 0
+    for images in batches:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.numel() == 0:
+            raise ValueError(f"images must be uint8 (N, H, W, 3) and not empty, not {images.dtype} {tuple(images.shape)}")
+        pixels_an_image = images.shape[1] * images.shape[2]
+        for piece in images.split(max(1, 2**20 // pixels_an_image)):
+            values = piece.reshape(-1, 3).to(torch.int32)
+            sums += torch.stack([values.sum(0, dtype=torch.int64), (values * values).sum(0, dtype=torch.int64)])
+        count += len(images) * pixels_an_image
     totals, squares = sums.tolist()
     mean = tuple(total / (255 * count) for total in totals)
     std = tuple(math.sqrt(count * sq - total**2) / (255 * count) for total, sq in zip(totals, squares, strict=True))
@@ -138,7 +144,8 @@ def image_stats(split: Split | Encoded) -> tuple[tuple[float, float, float], tup
     """`channel_stats` of a split: of all its images, or, where they are encoded, of at most 2,000 fixed class-stratified ones."""
     if isinstance(split, Encoded):
         few = split.subset(STATS_IMAGES)
-        return channel_stats(few.decode(range(len(few))))
+        pieces = torch.arange(len(few)).split(max(1, STATS_PIXELS // few.image_size**2))
+        return _stats_of(few.gather(indices) for indices in pieces)
     return channel_stats(split.images)
 
 

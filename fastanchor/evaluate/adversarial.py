@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from fastanchor import environment
-from fastanchor.data.resident import ResidentSplit
+from fastanchor.data.encoded import Encoded
+from fastanchor.data.judged import judged_split
 from fastanchor.data.sources import Split
 from fastanchor.data.views import to_float
 from fastanchor.errors import UserError
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from fastanchor.train.run import Trained
 
 
-def write_adversarial(trained: Trained, split: Split, spec: AttackSpec, out: Path, *, device: torch.device, seed: int) -> dict:
+def write_adversarial(
+    trained: Trained, split: Split | Encoded, spec: AttackSpec, out: Path, *, device: torch.device, seed: int
+) -> dict:
     """Attack every image of `split`; write OUT/adversarial.npz, OUT/images/*.png and OUT/summary.json; return the summary.
 
     adversarial.npz: clean uint8 (N, H, W, 3), adversarial fp32 (N, H, W, 3) in [0, 1], labels, clean_predictions and
@@ -36,11 +39,12 @@ def write_adversarial(trained: Trained, split: Split, spec: AttackSpec, out: Pat
         raise UserError(f"{out}: exists and is not empty")
     attack = spec.build()
     generator = torch.Generator(device).manual_seed(seed)
-    adversarial, before, after = [], [], []
+    originals, adversarial, before, after = [], [], [], []
     with full_precision(), eval_mode(trained.model), torch.no_grad():
-        for _, images_u8, labels in ResidentSplit(split, device).epoch(
+        for _, images_u8, labels in judged_split(split, device).epoch(
             trained.config.eval.batch_size, generator=None, drop_last=False
         ):
+            originals.append(images_u8.cpu())  # as they come: encoded ones are decoded here alone
             images = to_float(images_u8)
             before.append(trained.model(images).argmax(1))
             perturbed = attack(trained.model, images, labels, generator=generator)
@@ -50,7 +54,7 @@ def write_adversarial(trained: Trained, split: Split, spec: AttackSpec, out: Pat
     labels, clean, fooled_as = (x.numpy() for x in (split.labels, torch.cat(before).cpu(), torch.cat(after).cpu()))
     (out / "images").mkdir(parents=True)
     np.savez(
-        out / "adversarial.npz", clean=split.images.numpy(), adversarial=pictures, labels=labels, clean_predictions=clean,
+        out / "adversarial.npz", clean=torch.cat(originals).numpy(), adversarial=pictures, labels=labels, clean_predictions=clean,
         adversarial_predictions=fooled_as, class_names=np.array(trained.class_names),
     )  # fmt: skip
     names = [re.sub(r"\W+", "-", name) for name in trained.class_names]

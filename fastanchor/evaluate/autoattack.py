@@ -11,11 +11,13 @@ import logging
 import time
 from collections.abc import Callable
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fastanchor.data.judged import DecodedSplit
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.views import to_float
 from fastanchor.errors import UserError
@@ -30,7 +32,7 @@ NORMS = {"linf": "Linf", "l2": "L2"}
 
 def autoattack(
     model: nn.Module,
-    data: ResidentSplit,
+    data: ResidentSplit | DecodedSplit,
     attack: AttackSpec,
     *,
     num_classes: int,
@@ -43,33 +45,34 @@ def autoattack(
 
     state_path: where the verdicts are kept after every batch; a state of the same model, images and settings is continued,
     another one is refused with UserError. Each stage runs on the images that all stages before left correct, in batches of
-    `batch_size`, as the reference implementation does.
+    `batch_size`, as the reference implementation does. The images of one batch alone are held in fp32, and of encoded ones
+    a batch alone is decoded.
     """
     started = time.perf_counter()
     attacker_class = require_autoattack(num_classes)
     device = next(model.parameters()).device
-    images, labels = _gather(data)
+    labels = data.split.labels.to(data.device) if isinstance(data, DecodedSplit) else data.labels
     with full_precision(), eval_mode(model):
-        state = _open_state(state_path, _identity(model, images, labels, attack, batch_size, seed))
+        state = _open_state(state_path, _identity(model, data, labels, attack, batch_size, seed))
         attacker = attacker_class(model, device=device, eps=attack.eps, norm=NORMS[attack.norm], seed=seed, version="standard")
         attacker.apgd_targeted.n_target_classes = attacker.fab.n_target_classes = min(9, num_classes - 1)
         if "clean" not in state["stages"]:
-            correct = torch.cat(
-                [_correct(model, x, y) for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)]
-            )
+            batches = data.epoch(batch_size, generator=None, drop_last=False)
+            correct = torch.cat([_correct(model, _plain(images), y) for _, images, y in batches])
             state["robust"] = correct.tolist()
             _finish_stage(state, "clean", state_path, progress)
         for stage in STAGES:
             if stage not in state["stages"]:
-                _run_stage(attacker, stage, images, labels, state, batch_size, state_path, progress)
+                _run_stage(attacker, stage, data, labels, state, batch_size, state_path, progress)
                 _finish_stage(state, stage, state_path, progress)
     result = score(torch.tensor(state["robust"]), labels, num_classes, time.perf_counter() - started)
     return result, {"stages": state["stages"], "version": "standard", "pyautoattack": metadata.version("pyautoattack")}
 
 
 def _run_stage(
-    attacker, stage: str, images: Tensor, labels: Tensor, state: dict, batch_size: int, path: Path | None, progress
-) -> None:
+    attacker, stage: str, data: ResidentSplit | DecodedSplit, labels: Tensor, state: dict, batch_size: int, path: Path | None,
+    progress,
+) -> None:  # fmt: skip
     """Attack the images still correct when the stage began, from the batch where the state stopped."""
     if state["survivors"] is None:
         state["survivors"] = [i for i, robust in enumerate(state["robust"]) if robust]
@@ -78,9 +81,10 @@ def _run_stage(
     attacker.attacks_to_run = [stage]
     while state["position"] < len(survivors):
         chunk = survivors[state["position"] : state["position"] + batch_size]
-        x, y = images[chunk], labels[chunk]
-        # The perturbed images come back for the fooled ones, the originals for the others: the label says which.
-        _, found = attacker.run_standard_evaluation(x, y, batch_size=len(chunk))
+        y = labels[chunk]
+        # Perturbed images come back for the fooled ones, the originals for the others: the label says which. Neither they nor the
+        # batch get a name, which would keep them until the next one is there.
+        found = attacker.run_standard_evaluation(_take(data, chunk), y, batch_size=len(chunk))[1]
         for index, held in zip(chunk, (found == y).tolist(), strict=True):
             state["robust"][index] = held
         state["position"] += len(chunk)
@@ -107,10 +111,17 @@ def require_autoattack(num_classes: int):
     return AutoAttack
 
 
-def _gather(data: ResidentSplit) -> tuple[Tensor, Tensor]:
-    batches = [(to_float(images), labels) for _, images, labels in data.epoch(4096, generator=None, drop_last=False)]
-    # APGD and Square reshape with view, which wants plain NCHW.
-    return torch.cat([x for x, _ in batches]).contiguous(), torch.cat([y for _, y in batches])
+def _plain(images_u8: Tensor) -> Tensor:
+    """fp32 (B, 3, H, W). APGD and Square reshape with view, which wants plain NCHW."""
+    return to_float(images_u8).contiguous()
+
+
+def _take(data: ResidentSplit | DecodedSplit, chosen: list[int]) -> Tensor:
+    """Those images, fp32 (B, 3, H, W) on the device. To decode a batch once more a stage is nothing beside attacking it."""
+    indices = torch.tensor(chosen)
+    if isinstance(data, DecodedSplit):
+        return _plain(data.split.gather(indices).to(data.device))
+    return _plain(data.images[indices.to(data.device)])
 
 
 def _correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -118,10 +129,13 @@ def _correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return model(images).argmax(1) == labels
 
 
-def _identity(model: nn.Module, images: Tensor, labels: Tensor, attack: AttackSpec, batch_size: int, seed: int) -> dict:
-    """What must agree for verdicts to be carried over."""
+def _identity(
+    model: nn.Module, data: ResidentSplit | DecodedSplit, labels: Tensor, attack: AttackSpec, batch_size: int, seed: int
+) -> dict:
+    """What must agree for verdicts to be carried over. The digest is one of fp32 images: that of states that there are."""
     digest = hashlib.sha256()
-    for tensor in (*model.state_dict().values(), images, labels):
+    images = (_plain(images) for _, images, _ in data.epoch(batch_size, generator=None, drop_last=False))
+    for tensor in chain(model.state_dict().values(), images, [labels]):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return {"fingerprint": digest.hexdigest(), "eps": attack.eps, "norm": attack.norm, "batch_size": batch_size, "seed": seed}
 

@@ -20,9 +20,7 @@ from fastanchor import environment
 from fastanchor.config import Config
 from fastanchor.data import feeds
 from fastanchor.data.encoded import Encoded
-from fastanchor.data.extra import Mixed
 from fastanchor.data.judged import judged_split
-from fastanchor.data.order import epoch_order
 from fastanchor.data.sources import ImageSet, image_stats
 from fastanchor.data.stream import FeedSpec
 from fastanchor.errors import UserError
@@ -32,7 +30,7 @@ from fastanchor.methods import build_method
 from fastanchor.settings import from_dict, to_dict
 from fastanchor.train import checkpoint
 from fastanchor.train.apex import find_apex
-from fastanchor.train.memory import explain_out_of_memory
+from fastanchor.train.memory import explain_out_of_memory, within_memory
 from fastanchor.train.optim import (
     WeightAverage,
     build_optimizer,
@@ -43,6 +41,7 @@ from fastanchor.train.optim import (
 )
 from fastanchor.train.progress import Reporter, speed_line
 from fastanchor.train.run import RunDir, model_from_config
+from fastanchor.train.stages import check_order, epoch_indices, stage_config, stages, train_set
 from fastanchor.train.step import TrainStep, data_views
 from fastanchor.train.throughput import StepCost, Throughput, step_cost
 
@@ -61,8 +60,15 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
     device = environment.pick_device(config.device)
     check_device(config, device)
     if resume:
+        config = run.settled(config)
+    backend, why = feeds.choose(config.data.backend, train_set(images), device)
+    reporter.say(f"data: {images.why + '; ' if images.why else ''}fed by {backend}: {why}")
+    check_order(config, images)
+    if resume:
         run.describe(device)
     else:
+        # Memory is not what it is now when the run is resumed, and its bits are the backend's.
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, backend=backend))
         run.create(config, device)
     with run.locked(), cudnn_benchmark():
         _run_stages(config, images, run, device, resume, reporter, started)
@@ -91,17 +97,20 @@ def _run_stages(
         raise UserError(f"{run.path}: its checkpoint was written by another configuration than its config.yaml")
     trainer = _Trainer(config, images, run, device, reporter, started)
     if state is not None and state.get("data") != trainer.data:
-        raise UserError(f"{run.path}: the images of {images.name} are not those that the run began with")
-    stages = (1, 2) if config.stage2.mode != "none" else (1,)
+        raise UserError(
+            f"{run.path}: the images of {images.name} are not those that the run began with, or an earlier version resized them "
+            "otherwise"
+        )
+    numbers = stages(config)
     if state is not None:
-        done = state["stage"] == stages[-1] and state["epoch"] == trainer.epochs(state["stage"])
+        done = state["stage"] == numbers[-1] and state["epoch"] == trainer.epochs(state["stage"])
         reporter.say(
             f"{run.path}: " + ("finished already" if done else f"resuming after stage {state['stage']}, epoch {state['epoch']}")
         )
         run.rewind(state["stage"], state["epoch"])
     else:
         run.rewind(0, 0)
-    for stage in stages:
+    for stage in numbers:
         if state is None or stage >= state["stage"]:
             trainer.run_stage(stage, state if state is not None and state["stage"] == stage else None)
 
@@ -133,6 +142,7 @@ def check_config(config: Config) -> None:
 def check_device(config: Config, device: torch.device) -> None:
     """Settings that this device cannot follow, said before a run's folder exists. Raises UserError."""
     for name, value, wanted in (
+        ("data.decoder", config.data.decoder, "mixed"),
         ("engine.graph", config.engine.graph, "on"),
         ("attack.backend", config.attack.backend, "graphed"),
         ("optim.backend", config.optim.backend, "apex"),
@@ -198,15 +208,14 @@ class _Trainer:
         # Before model and data: its matrices then never add to the peak of memory.
         self.throughput = Throughput(device, started)
         self.config, self.run, self.device, self.reporter = config, run, device, reporter
-        self.class_names = images.class_names
+        self.images, self.class_names = images, images.class_names
         self.mean, self.std = image_stats(images.train)
         if min(self.std) == 0:
             raise UserError(f"{images.name}: a colour channel has the same value in all training images")
         self.data = _fingerprint(images)
-        self.train_set = images.train if images.extra is None else Mixed(images.train, images.extra)
-        self.labels, self.extra = images.train.labels, 0 if images.extra is None else len(images.extra)
-        self.backend, why = feeds.choose(config.data.backend, self.train_set, device)
-        reporter.say(f"data: {images.why + '; ' if images.why else ''}fed by {self.backend}: {why}")
+        self.train_set = train_set(images)
+        self.backend, _ = feeds.choose(config.data.backend, self.train_set, device)
+        self.resident: feeds.Feed | None = None
         validation = images.val if config.val.limit is None else images.val.subset(config.val.limit)
         self.val_set = judged_split(validation, device)
         self.val_attack = parse_attack(config.val.attack, default_eps=config.attack.eps)
@@ -222,19 +231,29 @@ class _Trainer:
 
     def run_stage(self, number: int, state: dict[str, Any] | None) -> None:
         """Train one stage from its start, or from the checkpoint `state`."""
-        config = self.config if number == 1 else _stage2_config(self.config)
+        config = stage_config(self.config, number)
         if number == 2 and state is None:
             self._start_stage2()
         method = build_method(config, number)
         optimizer = build_optimizer(method.trainable(self.model), config.optim)
         average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-        data = config.data
-        spec = FeedSpec(data_views(method), data.augment, self.device, data.pad, data.workers, data.decoder)
-        feed = feeds.open_feed(self.backend, self.train_set, spec)
-        with contextlib.closing(feed):
+        with contextlib.closing(self._feed(data_views(method))) as feed:
             step = TrainStep(config, method, self.model, optimizer, average, self.device, feed.load)
             cost = step_cost(method, self.model, self.train_set.image_shape)
             self._run_epochs(_Stage(number, step, cost, average, feed), config, state)
+            # Its graphs hold the step, and that the feed: memory that the next stage needs.
+            step.without_graph("the stage is over")
+
+    def _feed(self, names: tuple[str, ...]) -> feeds.Feed:
+        """Where a stage's batches come from; images that lie on the device serve all stages."""
+        if self.resident is not None:
+            return self.resident
+        data = self.config.data
+        spec = FeedSpec(names, data.augment, self.device, data.pad, data.workers, data.decoder)
+        feed = feeds.open_feed(self.backend, self.train_set, spec)
+        if self.backend == "resident":
+            self.resident = feed
+        return feed
 
     def _run_epochs(self, stage: _Stage, config: Config, state: dict[str, Any] | None) -> None:
         number, step = stage.number, stage.step
@@ -242,7 +261,7 @@ class _Trainer:
         if state is not None:
             self._restore(stage, state)
             first = state["epoch"] + 1
-        steps = -(-len(self._order(config, 0)) // config.batch_size)
+        steps = -(-len(epoch_indices(config, self.images, seed=0)) // config.batch_size)
         epochs = self.epochs(number)
         self.reporter.start_stage(
             f"stage {number}: {self.config.method if number == 1 else config.stage2.mode}", epochs, first - 1, steps
@@ -261,25 +280,16 @@ class _Trainer:
         if number == 2:
             self._compare_stages(stage.best)
 
-    def _order(self, config: Config, seed: int) -> torch.Tensor:
-        """An epoch's indices; the number of them does not depend on the seed."""
-        data = config.data
-        return epoch_order(
-            self.labels, batch_size=config.batch_size, generator=torch.Generator().manual_seed(seed),
-            drop_last=len(self.labels) > config.batch_size, sampler=data.sampler, per_class=data.per_class, extra=self.extra,
-            extra_share=data.extra_share,
-        )  # fmt: skip
-
     def _epoch(self, stage: _Stage, config: Config, epoch: int, epochs: int, steps: int) -> dict:
         started = time.perf_counter()
         step = stage.step
         seeds = {name: derive_seed(config.seed, stage.number, epoch, name) for name in ("order", "augment", "attack", "other")}
         step.reset(seeds)
         torch.manual_seed(seeds["other"])
-        batches = stage.feed.epoch(self._order(config, seeds["order"]), config.batch_size, seeds["augment"])
+        batches = stage.feed.epoch(epoch_indices(config, self.images, seeds["order"]), config.batch_size, seeds["augment"])
         first_step = (epoch - 1) * steps + 1
         lr, trained = 0.0, 0
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(within_memory(batches, config.batch_size, self.device)):
             progress = epoch - 1 + (i + 0.5) / steps
             lr = learning_rate(config.optim, progress, epochs)
             set_learning_rate(step.optimizer, lr)
@@ -303,8 +313,12 @@ class _Trainer:
             started = time.perf_counter()
             options = {"batch_size": self.config.eval.batch_size, "num_classes": len(self.class_names)}
             seed = derive_seed(self.config.seed, "validation")
-            clean = measure(judged, self.val_set, **options)
-            robust = measure(judged, self.val_set, self.val_attack, seed=seed, built=self.val_perturb, **options)
+            try:
+                clean = measure(judged, self.val_set, **options)
+                robust = measure(judged, self.val_set, self.val_attack, seed=seed, built=self.val_perturb, **options)
+            except torch.OutOfMemoryError as error:
+                batch = f"eval.batch_size = {options['batch_size']}"
+                raise UserError(f"{batch}: the validation does not fit in the memory of {self.device}; lower it") from error
             row |= {"val_clean": clean.accuracy, "val_robust": robust.accuracy}
             row["best"] = stage.best.update(robust.accuracy, clean.accuracy, row["epoch"], stage.step.method.selects)
             row["val_seconds"] = time.perf_counter() - started
@@ -361,16 +375,6 @@ class _Trainer:
         checkpoint.restore_weights(self.model, checkpoint.load(kept, self.device)["weights"], kept)
         torch.manual_seed(derive_seed(self.config.seed, "stage 2 weights"))
         self.model.reset_classifier()
-
-
-def _stage2_config(config: Config) -> Config:
-    """The configuration as stage 2 sees it: its own schedule and batch size, no averaging."""
-    second = config.stage2
-    optim = dataclasses.replace(
-        config.optim, name="sgd", backend="auto", lr=second.lr, schedule="step", milestones=second.milestones, decay=0.1,
-        weight_decay=second.weight_decay, warmup_epochs=0.0, ema_decay=0.0, nesterov=False,
-    )  # fmt: skip
-    return dataclasses.replace(config, optim=optim, batch_size=second.batch_size, epochs=second.epochs)
 
 
 def _tensorboard(run: RunDir):

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from fastanchor.errors import UserError
 from fastanchor.train.step import TrainStep
+
+
+def within_memory(batches: Iterable[tuple[Tensor, ...]], batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The batches; UserError where the device has no memory left for one that is being made."""
+    try:
+        yield from batches
+    except torch.OutOfMemoryError as error:
+        said = f"batch_size = {batch_size}: a batch of images does not fit in the memory of {device}, beside what is there"
+        raise UserError(f"{said}; the original error: {' '.join(str(error).split())}") from error
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, step: TrainStep, *batch: Tensor) -> UserError:

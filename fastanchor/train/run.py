@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import fcntl
 import io
 import json
@@ -64,6 +65,13 @@ class RunDir:
         if not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: not a run: it has no config.yaml")
         return settings.load_file(self.path / "config.yaml")
+
+    def settled(self, config: Config) -> Config:
+        """`config` with what `data.backend` auto came to when this run began; as it is where that is not known."""
+        stored = self.open().data.backend
+        if config.data.backend != "auto" or stored == "auto":
+            return config
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, backend=stored))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
