@@ -50,7 +50,7 @@ STRETCH = 512
 READY = 2
 FILES = ("folder:", "packed:")
 # What a step of the usual recipe is cut down to on a CPU, unless said otherwise: half a second or so on two cores.
-CPU_WIDTH, CPU_STEP_FLOPS, CPU_LEAST_BATCH = 8, 25e9, 8
+CPU_WIDTH, CPU_STEP_FLOPS, CPU_LEAST_BATCH = 16, 25e9, 8
 
 
 @dataclass

@@ -148,7 +148,7 @@ def configured(*flags, recipe="pgd_at"):
 def test_a_cpus_step_is_cut_down_unless_the_user_has_said_its_sizes():
     config = load_recipe("pgd_at")
     made, flags = bench_data.cpu_sized(config, (), (32, 32))
-    assert (made.model.width, made.batch_size) == (8, 32) and flags == ["--model.width 8", "--batch-size 32"]
+    assert (made.model.width, made.batch_size) == (16, 8) and flags == ["--model.width 16", "--batch-size 8"]
     large, _ = bench_data.cpu_sized(config, (), (96, 96))
     assert large.batch_size == bench_data.CPU_LEAST_BATCH
     for given, expected in (

@@ -326,9 +326,11 @@ def test_closed_early_and_used_again(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         interrupted.throw(KeyboardInterrupt)
     assert same(taken(10), whole)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # while it waits for DALI
-        patched.setattr(_Line, "_take", lambda line: signal.raise_signal(signal.SIGINT))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as held:  # while it waits for DALI
+        patched.setattr(_import_dali().Pipeline, "share_outputs", lambda pipe, **how: signal.raise_signal(signal.SIGINT))
         taken(10)
+    assert not dali_threads()  # though the traceback has frames of DALI
+    del held
     assert same(taken(10), whole)
     gc.collect()
     assert threading.active_count() == before
@@ -344,6 +346,71 @@ def dali_threads():
         with contextlib.suppress(OSError):
             names.append((task / "comm").read_text())
     return [name for name in names if "DALI" in name]
+
+
+def reading_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastanchor-read")]
+
+
+@installed
+def test_close_ends_epochs_under_way():
+    """With two under way and their generators held, as a traceback holds them."""
+    split = arrays(40)
+    feed = DaliFeed(split, spec())
+    epochs = [feed.epoch(shuffled(split), 4, 5) for _ in range(2)]
+    first = [on_cpu(*feed.load(*next(epoch))) for epoch in epochs]
+    assert dali_threads() and reading_threads()
+    feed.close()
+    assert not dali_threads() and not reading_threads()
+    with pytest.raises(RuntimeError, match="closed") as error:
+        next(epochs[0])
+    assert not isinstance(error.value, UserError)
+    epochs[1].close()
+    assert feed._spare is None and not feed._running and not dali_threads()
+    again = list(feed.epoch(shuffled(split), 4, 5))  # the feed itself is as good as new
+    assert len(again) == 10 and same([on_cpu(*feed.load(*again[0]))] * 2, first)
+    feed.close()
+    assert not dali_threads() and not reading_threads()
+
+
+@installed
+def test_a_failed_step_leaves_no_threads():
+    split = arrays(40)
+
+    def train(feed):
+        with contextlib.closing(feed):
+            for _ in feed.epoch(shuffled(split), 4, 5):
+                raise ValueError("a step fails")
+
+    feed = DaliFeed(split, spec())
+    with pytest.raises(ValueError, match="a step fails") as held:
+        train(feed)
+    assert not dali_threads() and not reading_threads()
+    del held
+    gc.collect()
+    assert feed._spare is None and not dali_threads()  # nor when the epoch is let go of
+
+
+@installed
+def test_closed_after_the_last_batch_an_epoch_is_not_taken_for_whole():
+    split = arrays(8)
+    feed = DaliFeed(split, spec())
+    epoch = feed.epoch(shuffled(split), 4, 5)
+    assert len(list(itertools.islice(epoch, 2))) == 2
+    feed.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(epoch)
+    assert feed._spare is None
+
+
+@installed
+@pytest.mark.parametrize("workers, expected", [(None, 3), (0, 1), (1, 1), (2, 2)])
+def test_workers_are_threads_of_dali(workers, expected, monkeypatch):
+    monkeypatch.setattr(module, "threads", lambda: 3)
+    feed = DaliFeed(arrays(), FeedSpec(("aug",), "crop_flip", CPU, workers=workers))
+    list(feed.epoch(torch.arange(8), 4, 5))
+    assert feed._spare.pipe.num_threads == expected
+    feed.close()
 
 
 @installed
@@ -443,8 +510,10 @@ def test_all_broken_files_of_a_batch_are_counted(monkeypatch):
     files = [written(picture(60, 50, i)) for i in range(4)]
     files[1], files[3] = files[1][:-400], files[3][:-400]
     split = encoded(files, 32, torch.tensor([60, 50])[:, None].expand(2, 4).contiguous())
-    with pytest.raises(UserError, match=r"store/1.jpg.*and 1 more of its batch"):
+    with pytest.raises(UserError, match=r"store/1.jpg.*and 1 more of its batch") as held:
         batches(split, spec(), order=torch.arange(4))
+    assert not dali_threads()  # though frames of DALI are in the traceback of what caused it
+    del held
 
 
 @installed
@@ -458,6 +527,92 @@ def test_what_only_pillow_reads_is_used(monkeypatch):
     assert same(batches(split, spec(), order=order), expected)
     monkeypatch.setattr(module, "_complete", lambda data: True)
     assert same(batches(split, spec(), order=order), expected)
+
+
+# As DALI words it: which operator failed, where it was defined, why.
+FAILED = """Critical error in pipeline:
+Critical error in pipeline:
+Error in {} operator `nvidia.dali.fn.slice`,
+which was used in the pipeline definition with the following traceback:
+
+  File "/home/me/out of memory/dali.py", line 8, in _views
+    image = fn.slice(image)
+
+encountered:
+
+{}
+C++ context: [/opt/dali/dali/operators/slice.h:106]
+Current pipeline object is no longer valid.
+Current pipeline object is no longer valid."""
+NO_MEMORY = [
+    "std::bad_alloc",
+    "CUDA allocation failed",
+    "Can't allocate 129499136 bytes on device 0.",
+    "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
+    "nvJPEG error (5): The user-provided allocator functions failed: NVJPEG_STATUS_ALLOCATOR_FAILURE",
+]
+
+
+def failing(monkeypatch, split, error):
+    """What an epoch says when each batch fails so, how often DALI was asked, and how many files Pillow had to decode."""
+    asked, decoded = [], []
+
+    def take(line):
+        asked.append(line)
+        raise error
+
+    monkeypatch.setattr(_Line, "_take", take)
+    monkeypatch.setattr(module, "plain_png", lambda data: decoded.append(data) or plain_png(data))
+    with pytest.raises(UserError) as found:
+        batches(split, spec())
+    assert "\n" not in str(found.value) and str(found.value).startswith("data.backend = dali: ")
+    assert not dali_threads()
+    return str(found.value), len(asked), len(decoded)
+
+
+def whole_files(count=8):
+    return encoded([written(picture(32, 32, i)) for i in range(count)], 32)
+
+
+@installed
+@pytest.mark.parametrize("split", [arrays(8), whole_files()], ids=["arrays", "files"])
+@pytest.mark.parametrize("words", [*NO_MEMORY, None])
+def test_without_memory_it_is_said_at_once(split, words, monkeypatch):
+    error = MemoryError("std::bad_alloc") if words is None else RuntimeError(FAILED.format("GPU", words))
+    said, asked, decoded = failing(monkeypatch, split, error)
+    words = "std::bad_alloc" if words is None else " ".join(words.split())
+    assert f"does not get the memory for a batch of 4 images ({words});" in said
+    assert "a smaller batch_size" in said and "data.decoder = cpu" in said and "resident and torch" in said
+    assert (asked, decoded) == (1, 0)
+
+
+@installed
+@pytest.mark.parametrize("split, tries", [(arrays(8), 1), (whole_files(), 2)], ids=["arrays", "files"])
+def test_other_failures_of_dali_are_told_in_a_line(split, tries, monkeypatch):
+    words = "CUDA runtime API error cudaErrorUnknown (999):\nunknown error"
+    said, asked, decoded = failing(monkeypatch, split, RuntimeError(FAILED.format("CPU", words)))
+    assert "fails at a batch of 4 images (CUDA runtime API error cudaErrorUnknown (999): unknown error);" in said
+    assert "memory" not in said and "resident and torch" in said
+    assert (asked, decoded) == (tries, 4 * (tries - 1))
+
+
+@installed
+def test_images_that_fit_in_no_memory():
+    """DALI's own error, not a made-up one: views of 192 TB each."""
+    split = encoded([written(picture(32, 32, i)) for i in range(2)], 8_000_000)
+    with pytest.raises(UserError, match=r"does not get the memory for a batch of 2 images \(std::bad_alloc\)"):
+        batches(split, spec(("clean",)))
+
+
+@installed
+@pytest.mark.parametrize("method", ["feed_input", "schedule_run", "build"])
+def test_no_memory_to_start_a_batch(method, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("Critical error in pipeline:\nCUDA allocation failed\nCurrent pipeline object is no longer valid.")
+
+    monkeypatch.setattr(_import_dali().Pipeline, method, fail)
+    with pytest.raises(UserError, match=r"does not get the memory for a batch of 4 images \(CUDA allocation failed\)"):
+        batches(arrays(), spec())
 
 
 @installed

@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
+import re
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +37,13 @@ IN_FLIGHT = 2  # batches that DALI works on while one is in use
 READ_AHEAD = 1  # batches whose bytes are read while DALI works on those
 READERS = 4  # threads that read: they wait for disks, so their number is not that of the cores
 LEVELS = (np.arange(256, dtype=np.float32) / np.float32(255)).tolist()
+FAILURES = (RuntimeError, MemoryError)  # what DALI's own errors arrive as
+# As DALI, CUDA and the decoders below them say it.
+NO_MEMORY = re.compile(
+    r"bad_alloc|(out of|insufficient) memory|allocation failed|(can't|cannot|could not|failed to) allocate"
+    r"|MemoryAllocation|ALLOCATOR_FAILURE",
+    re.IGNORECASE,
+)
 JPEG_END, PNG_END, TAIL = b"\xff\xd9", b"IEND\xaeB`\x82", 64
 
 # What DALI takes for the images of a batch: uint8 (B, H, W, 3), or the bytes of each image, uint8 (n,).
@@ -72,6 +82,8 @@ def _import_dali() -> ModuleType:
 class DaliFeed(StreamFeed):
     """A split's batches by DALI. Raises UserError where DALI is missing, or cannot decode as `spec.decoder` says.
 
+    DALI works in spec.workers threads (None: one a core, at most 16; it needs one, and 0 is as 1). An epoch that is under way at
+    `close` raises RuntimeError when it goes on, an epoch raises UserError for a file that cannot be decoded or where DALI fails.
     Views are fp32 whatever the precision of the recipe: they are what an attack starts from, and its images are fp32 always.
     A tensor is DALI's own memory; it is good until the next batch is asked for, and for work queued on torch's current stream.
     """
@@ -84,39 +96,56 @@ class DaliFeed(StreamFeed):
             raise UserError(f"data.decoder = mixed: it needs a CUDA device, and on {spec.device} must be auto or cpu")
         self._dali = _import_dali()
         self._spare: _Line | None = None
+        self._running: dict[_Line, ThreadPoolExecutor] = {}  # of the epochs under way, and what reads for each
 
     def close(self) -> None:
-        """End DALI's threads. A later epoch starts them anew."""
-        if self._spare is not None:
-            self._spare.end()
-        self._spare = None
+        """End all threads, also those of epochs under way: they raise RuntimeError when they go on. A later epoch starts anew."""
+        # A generator that was left is no help here: a traceback may hold it until long after.
+        running, self._running = self._running, {}
+        spare, self._spare = self._spare, None
+        for line, readers in running.items():
+            readers.shutdown(cancel_futures=True)
+            line.end()
+        if spare is not None:
+            spare.end()
 
     def _make(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, tuple[Tensor, ...]]]:
         # Taken away while in use: two epochs at a time have a pipeline each.
         line, self._spare = self._spare or _Line(self._dali, self.split, self.spec), None
         readers = ThreadPoolExecutor(READERS, thread_name_prefix="fastanchor-read")
+        self._running[line] = readers
         usable = False
         try:
-            for job, source in self._read_ahead(jobs, readers):
-                if not line.fits(job):
-                    while line.flying:
-                        yield line.get()
-                line.put(job, source)
-                # A step is captured as a graph on its first batch, when nothing else should be at work on the device.
-                if len(line.flying) > (IN_FLIGHT if line.proven else 0):
-                    yield line.get()
-            while line.flying:
-                yield line.get()
+            for made in self._through(line, self._read_ahead(jobs, readers)):
+                yield made
+                if line not in self._running:
+                    raise RuntimeError("this epoch's feed was closed")
             usable = True
         except GeneratorExit:  # closed early: what is in the pipeline belongs to nobody
-            usable = line.drain()
+            usable = line in self._running and line.drain()
+            raise
+        except BaseException as error:
+            _let_go(error)
             raise
         finally:
             readers.shutdown(cancel_futures=True)
-            if usable:
+            self._running.pop(line, None)
+            if usable and self._spare is None:
                 self._spare = line
             else:
                 line.end()
+
+    def _through(self, line: _Line, sources: Iterator[tuple[Job, Source]]) -> Iterator[tuple[Job, tuple[Tensor, ...]]]:
+        for job, source in sources:
+            if not line.fits(job):
+                while line.flying:
+                    yield line.get()
+            line.put(job, source)
+            # A step is captured as a graph on its first batch, when nothing else should be at work on the device.
+            if len(line.flying) > (IN_FLIGHT if line.proven else 0):
+                yield line.get()
+        while line.flying:
+            yield line.get()
 
     def _read_ahead(self, jobs: Iterator[Job], readers: ThreadPoolExecutor) -> Iterator[tuple[Job, Source]]:
         waiting: deque[tuple[Job, list[Future]]] = deque()
@@ -184,21 +213,24 @@ class _Line:
         return self.pipe is None or len(job.indices) <= self.capacity
 
     def put(self, job: Job, source: Source) -> None:
-        """Start a batch."""
+        """Start a batch. UserError where DALI fails."""
         if len(job.indices):
-            if self.pipe is None or not self.fits(job):
-                self._build(len(job.indices), job)
-            self._schedule(job, source)
+            try:
+                if self.pipe is None or not self.fits(job):
+                    self._build(len(job.indices), job)
+                self._schedule(job, source)
+            except FAILURES as error:
+                raise _explained(error, job) from error
         self.flying.append((job, source))
 
     def get(self) -> tuple[Job, tuple[Tensor, ...]]:
-        """The oldest batch, fp32 (B, 3, H, W) each view. UserError names files that cannot be decoded."""
+        """The oldest batch, fp32 (B, 3, H, W) each view. UserError names files that cannot be decoded, or why DALI fails."""
         self._hold()
         job, _ = self.flying[0]
         if len(job.indices):
             try:
                 images = self._take()
-            except RuntimeError as error:
+            except FAILURES as error:
                 images = self._again(error)
         else:  # a rank's share of a last batch that is smaller than the number of ranks; of none DALI makes no tensor
             shape = (0, *self.split.image_shape, 3)
@@ -216,7 +248,7 @@ class _Line:
                 job, _ = self.flying.popleft()
                 if len(job.indices):
                     self._take()
-        except RuntimeError:
+        except FAILURES:
             return False
         return True
 
@@ -249,22 +281,26 @@ class _Line:
         self.pipe.release_outputs()
         return images
 
-    def _again(self, error: RuntimeError) -> tuple[Tensor, ...]:
+    def _again(self, error: Exception) -> tuple[Tensor, ...]:
         """The oldest batch once more, with pixels from Pillow, after DALI has failed at it. UserError names what is broken."""
         self.pipe = None  # after an error it is of no more use, and with it all that is in flight
         job, source = self.flying[0]
-        if not isinstance(self.split, Encoded):
-            raise error
+        # Pixels from Pillow would need the same memory.
+        if not isinstance(self.split, Encoded) or _lacks_memory(error):
+            raise _explained(error, job) from error
         broken = [sentence for index in job.indices.tolist() if (sentence := self._broken(index))]
         if broken:
             more = f" (and {len(broken) - 1} more of its batch)" if len(broken) > 1 else ""
             raise UserError(f"{broken[0]}{more}; --data.skip-broken leaves such files out") from error
         self.flying[0] = (job, [np.frombuffer(plain_png(image.tobytes()), np.uint8) for image in source])
-        self._build(self.capacity, job)
-        for waiting, source in self.flying:
-            if len(waiting.indices):
-                self._schedule(waiting, source)
-        return self._take()
+        try:
+            self._build(self.capacity, job)
+            for waiting, source in self.flying:
+                if len(waiting.indices):
+                    self._schedule(waiting, source)
+            return self._take()
+        except FAILURES as second:
+            raise _explained(second, job) from second
 
     def _broken(self, index: int) -> str:
         """What is wrong with an image, in Pillow's judgement; nothing where it is whole."""
@@ -300,22 +336,57 @@ class _Line:
         index = None
         if self.cuda:
             index = torch.cuda.current_device() if self.spec.device.index is None else self.spec.device.index
+        workers = threads() if self.spec.workers is None else max(1, self.spec.workers)
         # A depth of 1: with more, DALI's first run is several, which an epoch of one batch has no input for. It is no limit to
         # the number of runs that are started before the first is taken out.
         pipe = self.dali.Pipeline(
-            batch_size=capacity, num_threads=self.spec.workers or threads(), device_id=index,
+            batch_size=capacity, num_threads=workers, device_id=index,
             prefetch_queue_depth=1, exec_dynamic=True,
         )  # fmt: skip
         with pipe:
             pipe.set_outputs(*_views(self.dali, self.split, self.spec, job))
         try:
             pipe.build()
-        except RuntimeError as error:  # a driver that is older than DALI's CUDA, a device without memory
+        except FAILURES as error:  # a driver that is older than DALI's CUDA
+            if _lacks_memory(error):
+                raise
             raise UserError(
                 f"data.backend = dali: {find_dali()[1]} cannot start on {self.spec.device} ({reason(error)}); "
                 "the backends resident and torch do without it"
             ) from error
         self.pipe, self.capacity = pipe, capacity
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the frames that have ended with an error: DALI's own hold the pipeline, and its threads end when nobody does."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _said(error: Exception) -> str:
+    """What DALI says went wrong, on one line: of its many, not those on where the pipeline was defined or on its own source."""
+    lines = (line.strip() for line in str(error).rpartition("encountered:")[2].splitlines())
+    telling = (line for line in lines if line and line != "Critical error in pipeline:")
+    ends = ("C++ context", "Stacktrace", "Current pipeline object")
+    return " ".join(itertools.takewhile(lambda line: not line.startswith(ends), telling)) or reason(error)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(_said(error)))
+
+
+def _explained(error: Exception, job: Job) -> UserError:
+    """DALI's failure at a batch, in a sentence."""
+    batch = f"a batch of {len(job.indices)} images"
+    if _lacks_memory(error):
+        return UserError(
+            f"data.backend = dali: DALI does not get the memory for {batch} ({_said(error)}); a smaller batch_size needs less, "
+            "so does data.decoder = cpu where a GPU decodes, and the backends resident and torch do without DALI"
+        )
+    return UserError(
+        f"data.backend = dali: DALI fails at {batch} ({_said(error)}); the backends resident and torch do without it"
+    )
 
 
 def _views(dali: ModuleType, split: Split | Encoded, spec: FeedSpec, job: Job) -> list:

@@ -30,7 +30,7 @@ from fastanchor.methods import build_method
 from fastanchor.settings import from_dict, to_dict
 from fastanchor.train import checkpoint
 from fastanchor.train.apex import find_apex
-from fastanchor.train.memory import explain_out_of_memory, within_memory
+from fastanchor.train.memory import check_narrow_convolutions, explain_out_of_memory, within_memory
 from fastanchor.train.optim import (
     WeightAverage,
     build_optimizer,
@@ -64,6 +64,9 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
     backend, why = feeds.choose(config.data.backend, train_set(images), device)
     reporter.say(f"data: {images.why + '; ' if images.why else ''}fed by {backend}: {why}")
     check_order(config, images)
+    if config.channels_last:
+        network = model_from_config(config, images.num_classes, (0.5,) * 3, (0.25,) * 3)
+        check_narrow_convolutions(network, images.image_shape, device)
     if resume:
         run.describe(device)
     else:

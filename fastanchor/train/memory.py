@@ -1,15 +1,46 @@
-"""Out of memory: find by trial which batch size would have fitted, and say it before the original error."""
+"""Out of memory: which batch size would have fitted, found by trial; and a fault of torch's that writes beyond it."""
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastanchor.errors import UserError
 from fastanchor.train.step import TrainStep
+
+# See check_narrow_convolutions.
+NARROW, WIDE = 16, 64
+
+
+def check_narrow_convolutions(model: nn.Module, image_shape: tuple[int, int], device: torch.device) -> None:
+    """UserError for a channels-last network whose weight gradients torch computes on a CPU beyond their memory.
+
+    Seen with torch 2.13: 1x1 convolutions of stride 2 with fewer than 16 input channels, on 64 x 64 positions or more, crash the
+    process or, worse, do not. Narrow trial networks on photographs meet it, published ones do not.
+    """
+    if device.type != "cpu":
+        return
+    found: list[int] = []
+
+    def look(module: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        strided = module.kernel_size == (1, 1) and max(module.stride) > 1
+        if strided and module.in_channels < NARROW and max(inputs[0].shape[2:]) >= WIDE:
+            found.append(module.in_channels)
+
+    twin = copy.deepcopy(model).to("meta").eval()
+    for module in twin.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(look)
+    twin(torch.empty(1, 3, *image_shape, device="meta"))
+    if found:
+        raise UserError(
+            f"channels_last = True: on a CPU torch's gradient of 1x1 convolutions of {min(found)} channels is broken at "
+            f"{max(image_shape)} pixels; add --no-channels-last, or take a model.width of {NARROW} or more"
+        )
 
 
 def within_memory(batches: Iterable[tuple[Tensor, ...]], batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
