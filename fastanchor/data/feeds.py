@@ -2,7 +2,7 @@
 
 resident: the whole set as uint8 on the device, augmented within the training step; the fast one, where the set fits.
 dali: NVIDIA DALI, for files, packed shards and sets that do not fit. torch: worker processes with Pillow, where DALI is missing.
-All give the same images in the same order for the same seed.
+All give the images in the same order for the same seed; dali and torch also the same views of them.
 """
 
 from __future__ import annotations

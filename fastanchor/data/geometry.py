@@ -1,4 +1,4 @@
-"""Which part of which image a view shows: drawn on the host before anything is decoded, so that all backends make the same views.
+"""Which part of which image a view shows: drawn on the host before anything is decoded, so that feeds make the same views.
 
 A view of an image is cut out (a box), resized to the size of the data set, cropped after zero padding, and mirrored; its
 colours come last, on the device. All of it follows from the epoch's order and one seed, so a feed can begin at any batch.
