@@ -9,9 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import itertools
-import re
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastanchor.data.dali_errors import FAILURES, explained, lacks_memory, let_go
 from fastanchor.data.decode import BrokenImage, decode, plain_png, threads
 from fastanchor.data.encoded import Encoded
 from fastanchor.data.files import reason, shown
@@ -37,13 +35,6 @@ IN_FLIGHT = 2  # batches that DALI works on while one is in use
 READ_AHEAD = 1  # batches whose bytes are read while DALI works on those
 READERS = 4  # threads that read: they wait for disks, so their number is not that of the cores
 LEVELS = (np.arange(256, dtype=np.float32) / np.float32(255)).tolist()
-FAILURES = (RuntimeError, MemoryError)  # what DALI's own errors arrive as
-# As DALI, CUDA and the decoders below them say it.
-NO_MEMORY = re.compile(
-    r"bad_alloc|(out of|insufficient) memory|allocation failed|(can't|cannot|could not|failed to) allocate"
-    r"|MemoryAllocation|ALLOCATOR_FAILURE",
-    re.IGNORECASE,
-)
 JPEG_END, PNG_END, TAIL = b"\xff\xd9", b"IEND\xaeB`\x82", 64
 
 # What DALI takes for the images of a batch: uint8 (B, H, W, 3), or the bytes of each image, uint8 (n,).
@@ -125,7 +116,7 @@ class DaliFeed(StreamFeed):
             usable = line in self._running and line.drain()
             raise
         except BaseException as error:
-            _let_go(error)
+            let_go(error)
             raise
         finally:
             readers.shutdown(cancel_futures=True)
@@ -220,7 +211,7 @@ class _Line:
                     self._build(len(job.indices), job)
                 self._schedule(job, source)
             except FAILURES as error:
-                raise _explained(error, job) from error
+                raise explained(error, job) from error
         self.flying.append((job, source))
 
     def get(self) -> tuple[Job, tuple[Tensor, ...]]:
@@ -286,8 +277,8 @@ class _Line:
         self.pipe = None  # after an error it is of no more use, and with it all that is in flight
         job, source = self.flying[0]
         # Pixels from Pillow would need the same memory.
-        if not isinstance(self.split, Encoded) or _lacks_memory(error):
-            raise _explained(error, job) from error
+        if not isinstance(self.split, Encoded) or lacks_memory(error):
+            raise explained(error, job) from error
         broken = [sentence for index in job.indices.tolist() if (sentence := self._broken(index))]
         if broken:
             more = f" (and {len(broken) - 1} more of its batch)" if len(broken) > 1 else ""
@@ -300,7 +291,7 @@ class _Line:
                     self._schedule(waiting, source)
             return self._take()
         except FAILURES as second:
-            raise _explained(second, job) from second
+            raise explained(second, job) from second
 
     def _broken(self, index: int) -> str:
         """What is wrong with an image, in Pillow's judgement; nothing where it is whole."""
@@ -348,45 +339,13 @@ class _Line:
         try:
             pipe.build()
         except FAILURES as error:  # a driver that is older than DALI's CUDA
-            if _lacks_memory(error):
+            if lacks_memory(error):
                 raise
             raise UserError(
                 f"data.backend = dali: {find_dali()[1]} cannot start on {self.spec.device} ({reason(error)}); "
                 "the backends resident and torch do without it"
             ) from error
         self.pipe, self.capacity = pipe, capacity
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Clear the frames that have ended with an error: DALI's own hold the pipeline, and its threads end when nobody does."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def _said(error: Exception) -> str:
-    """What DALI says went wrong, on one line: of its many, not those on where the pipeline was defined or on its own source."""
-    lines = (line.strip() for line in str(error).rpartition("encountered:")[2].splitlines())
-    telling = (line for line in lines if line and line != "Critical error in pipeline:")
-    ends = ("C++ context", "Stacktrace", "Current pipeline object")
-    return " ".join(itertools.takewhile(lambda line: not line.startswith(ends), telling)) or reason(error)
-
-
-def _lacks_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(_said(error)))
-
-
-def _explained(error: Exception, job: Job) -> UserError:
-    """DALI's failure at a batch, in a sentence."""
-    batch = f"a batch of {len(job.indices)} images"
-    if _lacks_memory(error):
-        return UserError(
-            f"data.backend = dali: DALI does not get the memory for {batch} ({_said(error)}); a smaller batch_size needs less, "
-            "so does data.decoder = cpu where a GPU decodes, and the backends resident and torch do without DALI"
-        )
-    return UserError(
-        f"data.backend = dali: DALI fails at {batch} ({_said(error)}); the backends resident and torch do without it"
-    )
 
 
 def _views(dali: ModuleType, split: Split | Encoded, spec: FeedSpec, job: Job) -> list:
