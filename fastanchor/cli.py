@@ -6,7 +6,6 @@ Bad input is answered with one line on stderr and exit status 2; an interrupted 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastanchor import cli_bench, cli_data
+from fastanchor import cli_bench, cli_data, cli_doctor
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.files import slug
 
@@ -63,7 +62,7 @@ def _dispatch(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar=" | ".join(COMMANDS), required=True, parser_class=_Parser)
     for name, add in (("train", _add_train), ("eval", _add_eval), ("attack", _add_attack), ("report", _add_report),
                       ("compare", _add_compare), ("data", cli_data.add_data), ("bench-data", cli_bench.add_bench_data),
-                      ("doctor", _add_doctor)):  # fmt: skip
+                      ("doctor", cli_doctor.add_doctor)):  # fmt: skip
         add(commands, name)
     settings: list[str] = []
     if argv[:1] in (["train"], ["compare"], ["bench-data"]):
@@ -170,7 +169,14 @@ def _add_eval(commands, name: str) -> None:
 def _add_data_options(parser) -> None:
     parser.add_argument("--data", metavar="SOURCE", help="test images from another source than the model's own")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N test images, class-balanced")
-    parser.add_argument("--skip-broken", action="store_true", help="leave unreadable images of a folder out")
+    parser.add_argument(
+        "--image-size", "--data.image-size", type=int, metavar="N",
+        help="side of the images made of a folder's (default: as in the model's training)",
+    )  # fmt: skip
+    parser.add_argument("--classes", "--data.classes", metavar="FILE", help="the classes of a folder and their order, one a line")
+    parser.add_argument(
+        "--skip-broken", "--data.skip-broken", action="store_true", help="leave unreadable images of a folder out"
+    )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
 
 
@@ -179,7 +185,7 @@ def _load(arguments):
     import dataclasses
 
     from fastanchor import environment
-    from fastanchor.pipeline import load_images
+    from fastanchor.pipeline import check_classes, load_images
     from fastanchor.train.run import load_trained
 
     device = environment.pick_device(arguments.device)
@@ -193,8 +199,18 @@ def _load(arguments):
         folder = arguments.data.startswith("folder:")
         size, classes = (data.image_size, data.classes) if folder else (None, None)
         data = dataclasses.replace(data, source=arguments.data, limit=None, image_size=size, classes=classes, labels=None)
-    data = dataclasses.replace(data, skip_broken=data.skip_broken or arguments.skip_broken, extra=None)
-    return trained, load_images(dataclasses.replace(trained.config, data=data), device), device
+    data = dataclasses.replace(
+        data, skip_broken=data.skip_broken or arguments.skip_broken, extra=None,
+        image_size=arguments.image_size or data.image_size, classes=arguments.classes or data.classes,
+    )  # fmt: skip
+    try:
+        images = load_images(dataclasses.replace(trained.config, data=data), device)
+    except UserError as error:
+        if arguments.data or arguments.command == "report":
+            raise
+        raise UserError(f"{error} ({arguments.model} was trained on these images; --data SOURCE judges on others)") from None
+    check_classes(trained, images)
+    return trained, images, device
 
 
 def _eval(arguments, _settings) -> int:
@@ -278,7 +294,7 @@ def _add_report(commands, name: str) -> None:
         "--limit", type=int, metavar="N", help="test images attacked for the figures (default: eval.report_images)"
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
-    parser.set_defaults(run=_report, data=None, skip_broken=False, seed=0)
+    parser.set_defaults(run=_report, data=None, skip_broken=False, image_size=None, classes=None, seed=0)
 
 
 def _report(arguments, _settings) -> int:
@@ -326,34 +342,6 @@ def _compare(arguments, settings: list[str]) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing is lost: the same command goes on where it stopped") from None
     _print_comparison(plan.title, rows, out)
-    return 0
-
-
-def _add_doctor(commands, name: str) -> None:
-    parser = commands.add_parser(name, help="versions, devices, backends and why", allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="print JSON instead")
-    parser.set_defaults(run=_doctor)
-
-
-def _doctor(arguments, _settings) -> int:
-    from fastanchor.doctor import diagnose
-
-    found = diagnose()
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    console = Console(highlight=False)
-    console.print(f"fastanchor {found['fastanchor']} ({found['commit'] or 'installed copy'}), Python {found['python']}, "
-                  f"torch {found['packages']['torch']}, CUDA {found['cuda'] or 'none'}", markup=False)  # fmt: skip
-    for line in found["devices"]:
-        console.print(f"  {line}", markup=False)
-    table = Table("part", "backend", "why")
-    for row in found["backends"]:
-        table.add_row(row["part"], row["backend"], row["why"])
-    console.print(table)
-    for row in found["optional"]:
-        state = "installed" if row["installed"] else f"missing: {row['get']}"
-        console.print(f"  {row['package']} ({row['use']}): {state}", markup=False)
     return 0
 
 

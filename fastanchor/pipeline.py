@@ -36,7 +36,10 @@ def load_images(config: Config, device: torch.device | None = None) -> ImageSet:
     if data.extra is None:
         return images
     if isinstance(images.train, Encoded):
-        raise UserError("data.extra: is mixed into decoded images only; add --data.backend resident")
+        raise UserError(
+            "data.extra: extra images are mixed into images decoded in memory only, and these stay files; "
+            "add --data.backend resident"
+        )
     return dataclasses.replace(images, extra=read_extra(Path(data.extra), images.num_classes, images.image_shape))
 
 
@@ -74,14 +77,9 @@ def judge(
     reuse: bool = False, limit: int | None = None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """Evaluate a model on the test images; results land in `out`. reuse: keep those that `out` has of the same checkpoint."""
-    if images.num_classes != len(trained.class_names):
-        raise UserError(
-            f"{trained.path}: the model has {len(trained.class_names)} classes, {images.name} has {images.num_classes}"
-        )
+    check_classes(trained, images)
     if images.class_names != trained.class_names:
-        reporter.say(
-            f"note: the model's classes are {_names(trained.class_names)}; {images.name} has {_names(images.class_names)}"
-        )
+        reporter.say(f"note: {_first_difference(trained, images)}; they are taken to be the same classes by number")
     limit = limit or trained.config.eval.limit
     test = judged_split(images.test if limit is None else images.test.subset(limit), device)
     about = {
@@ -105,5 +103,23 @@ def judge(
     return [made[spec.key()] for spec in specs]
 
 
-def _names(class_names: tuple[str, ...]) -> str:
-    return ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+def check_classes(trained: Trained, images: ImageSet) -> None:
+    """UserError where the images cannot be judged by the model's class numbers: other classes, or its own in another order."""
+    if images.num_classes != len(trained.class_names):
+        raise UserError(
+            f"{trained.path}: the model has {len(trained.class_names)} classes, {images.name} has {images.num_classes}"
+        )
+    if images.class_names == trained.class_names:
+        return
+    if set(images.class_names) & set(trained.class_names):
+        raise UserError(
+            f"{trained.path}: {_first_difference(trained, images)}: the same classes in another order, or some of them others; "
+            "data.classes says which classes in which order"
+        )
+    # Not one name in common: other words for the classes, such as numbers.
+
+
+def _first_difference(trained: Trained, images: ImageSet) -> str:
+    pairs = zip(trained.class_names, images.class_names, strict=True)
+    number, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    return f"class {number} of the model is {ours!r}, of {images.name} {theirs!r}"

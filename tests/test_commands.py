@@ -185,3 +185,59 @@ def test_a_checkpoint_of_another_kind_is_named(run, tmp_path, capsys):
     (tmp_path / "half.pt").write_bytes((run / "checkpoints" / "best.pt").read_bytes()[:999])
     assert main(["eval", str(tmp_path / "half.pt")]) == 2
     assert "half.pt: not a whole checkpoint (999 bytes" in capsys.readouterr().err
+
+
+def shades(root, first, second):
+    """Two classes of pictures, `first` dark and `second` bright."""
+    for part, count in (("train", 12), ("test", 4)):
+        for level, name in ((40, first), (200, second)):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (level, level, number)).save(root / part / name / f"{number}.png")
+    return root
+
+
+def test_judging_refuses_the_classes_in_another_order(tmp_path, capsys):
+    """By number they would be judged wrong, whatever the model knows."""
+    root, listed = shades(tmp_path / "shades", "a dark", "b bright"), tmp_path / "classes.txt"
+    listed.write_text("b bright\na dark\n")
+    run = tmp_path / "run"
+    flags = ("--model.width 4 --attack.steps 1 --epochs 1 --batch-size 8 --val.attack pgd1 --eval.attacks fgsm --eval.report-images 4 "
+             "--stage2.mode none").split()  # fmt: skip
+    assert main(["train", "pgd_at", "--data", f"folder:{root}", "--classes", str(listed), "--out", str(run), *flags]) == 0
+    capsys.readouterr()
+    other = ["--data", f"folder:{root}", "--classes", str(root / "none.txt")]
+    assert main(["eval", str(run), "--attack", "fgsm"]) == 0
+    assert main(["eval", str(run), "--attack", "fgsm", "--data", f"folder:{root}"]) == 0, "the run's list of classes is used"
+    assert main(["eval", str(run), "--attack", "fgsm", *other]) == 2
+    listed.write_text("a dark\nb bright\n")
+    for command in (["eval", str(run)], ["report", str(run)], ["attack", str(run), "--out", str(tmp_path / "images")]):
+        capsys.readouterr()
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "class 0 of the model is 'b bright', of folder:" in said and "in another order" in said
+    renamed = shades(tmp_path / "renamed", "0", "1")
+    listed.write_text("0\n1\n")
+    assert main(["eval", str(run), "--attack", "fgsm", "--data", f"folder:{renamed}"]) == 0
+    assert "note: class 0 of the model is 'b bright'" in capsys.readouterr().out
+
+
+def test_a_folder_of_other_sizes_is_judged_at_a_given_side(run, tmp_path):
+    root = tmp_path / "large"
+    for part in ("train", "test"):
+        for name in range(10):
+            (root / part / str(name)).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (40 + name, 50), (20 * name, 0, 0)).save(root / part / str(name) / f"{number}.png")
+    judge = ["eval", str(run), "--attack", "fgsm", "--data", f"folder:{root}"]
+    assert main(judge) == 2
+    assert main([*judge, "--image-size", "32"]) == 0
+
+
+def test_doctor_shows_how_to_install_what_is_missing(monkeypatch, capsys):
+    """Square brackets are markup for a table of rich."""
+    from fastanchor import doctor
+
+    monkeypatch.setattr(doctor, "find_dali", lambda: (False, 'not installed: pip install "fastanchor[dali]"'))
+    assert main(["doctor"]) == 0
+    assert "fastanchor[dali]" in "".join(capsys.readouterr().out.split())

@@ -243,7 +243,10 @@ def _read_folder(
     why = why_encoded(backend, budget, augment, needed, larger)
     if why:
         return folder.indexed(chosen, skip_broken=skip_broken, image_size=image_size), f"kept as JPEG and PNG files: {why}"
-    return folder.decoded(chosen, skip_broken=skip_broken, image_size=image_size), f"decoded into memory: {_memory(needed)}"
+    crops = "; crops are cut out of the decoded squares" if larger and augment in CROPS_OF_STORED else ""
+    return folder.decoded(
+        chosen, skip_broken=skip_broken, image_size=image_size
+    ), f"decoded into memory: {_memory(needed)}{crops}"
 
 
 def _stand_in(found: EncodedSet) -> Arrays:

@@ -13,14 +13,14 @@ from fastanchor.errors import UserError
 from fastanchor.train.step import TrainStep
 
 # See check_narrow_convolutions.
-NARROW, WIDE = 16, 64
+NARROW, WIDE = 16, 48
 
 
 def check_narrow_convolutions(model: nn.Module, image_shape: tuple[int, int], device: torch.device) -> None:
     """UserError for a channels-last network whose weight gradients torch computes on a CPU beyond their memory.
 
-    Seen with torch 2.13: 1x1 convolutions of stride 2 with fewer than 16 input channels, on 64 x 64 positions or more, crash the
-    process or, worse, do not. Narrow trial networks on photographs meet it, published ones do not.
+    Seen with torch 2.13: 1x1 convolutions of stride 2 with fewer than 16 input channels, on 56 x 56 positions or more (not on 48
+    or fewer), crash the process or, worse, do not. Narrow trial networks on photographs meet it, published ones do not.
     """
     if device.type != "cpu":
         return
@@ -28,7 +28,7 @@ def check_narrow_convolutions(model: nn.Module, image_shape: tuple[int, int], de
 
     def look(module: nn.Conv2d, inputs: tuple[Tensor]) -> None:
         strided = module.kernel_size == (1, 1) and max(module.stride) > 1
-        if strided and module.in_channels < NARROW and max(inputs[0].shape[2:]) >= WIDE:
+        if strided and module.in_channels < NARROW and max(inputs[0].shape[2:]) > WIDE:
             found.append(module.in_channels)
 
     twin = copy.deepcopy(model).to("meta").eval()
