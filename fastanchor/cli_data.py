@@ -20,8 +20,17 @@ SECONDS_A_LINE = 5  # between two lines of progress where there is no terminal
 def add_data(commands, name: str) -> None:
     """Add `data` with its sub-commands to what argparse's add_subparsers gave."""
     parser = commands.add_parser(name, help="prepare data sets: pack a folder", allow_abbrev=False)
-    # The parent's parser has errors of one line.
-    actions = parser.add_subparsers(dest="action", metavar=" | ".join(ACTIONS), required=True, parser_class=type(parser))
+
+    class Strict(type(parser)):  # the parent's parser has errors of one line
+        """Refuses what it does not know itself, so that its own help is named; the outermost parser would name its own."""
+
+        def parse_known_args(self, args=None, namespace=None):
+            found, unknown = super().parse_known_args(args, namespace)
+            if unknown:
+                self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            return found, unknown
+
+    actions = parser.add_subparsers(dest="action", metavar=" | ".join(ACTIONS), required=True, parser_class=Strict)
     _add_pack(actions)
 
 

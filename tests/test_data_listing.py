@@ -82,7 +82,6 @@ def test_train_and_test(root):
         "train/ant/.hidden.jpg",
         "train/ant/a.PNG",
         "train/ant/b.JpEg",
-        "train/ant/c.gif",
         "train/readme.txt",
         "test/.x/1.jpg",
     )
@@ -90,6 +89,26 @@ def test_train_and_test(root):
     assert (found.names, found.held_out, found.notes, found.empty) == (["ant", "bee", "cat"], "test", [], [])
     assert of(found, "train")["ant"] == [f"train/ant/{file}" for file in ("0.jpg", "1.jpg", "2.jpg", "a.PNG", "b.JpEg")]
     assert of(found, "test") == {name: [f"test/{name}/0.jpg", f"test/{name}/1.jpg"] for name in found.names}
+
+
+def test_files_of_other_kinds_and_folders_are_counted(root):
+    touch(root, *(f"train/bee/{i}.webp" for i in range(9)), "train/bee/more/1.jpg", "train/bee/.cache/1.jpg", "train/bee/.x.gif")
+    (root / "train" / "bee" / "loop").symlink_to("loop")
+    (root / "train" / "bee" / "up").symlink_to("..")
+    assert listing.find(root).notes == [
+        "10 files of other kinds ('.webp', 'no ending') and 2 sub-folders in 'train/bee' are not used."
+    ]
+    touch(root, "test/ant/a.GIF")
+    assert listing.find(root).notes == [
+        "11 files of other kinds ('.webp', '.gif', 'no ending') and 2 sub-folders "
+        "in 2 class folders, the first 'train/bee', are not used."
+    ]
+
+
+def test_one_file_of_another_kind(root, tmp_path):
+    touch(root, "test/cat/a.bmp")
+    assert listing.find(root).notes == ["1 file of another kind ('.bmp') in 'test/cat' is not used."]
+    assert listing.find(root, classes=written(tmp_path / "some.txt", "ant\nbee\n")).notes == []
 
 
 def test_val_is_the_test_part_where_there_is_no_other(root):
@@ -210,7 +229,7 @@ def test_class_of_tiny_imagenet_without_a_validation_image(tiny):
 
 
 def test_classes_in_the_order_of_the_list(root, tmp_path):
-    path = written(tmp_path / "some.txt", b"\xef\xbb\xbf# two of three\r\n\r\ncat   # a comment\r\n  ant\r\n")
+    path = written(tmp_path / "some.txt", b"\xef\xbb\xbf# two of three\r\n\r\ncat/   # a comment\r\n  ant\r\n")
     found = listing.find(root, classes=path)
     assert found.names == ["cat", "ant"]
     assert of(found, "train") == {name: [f"train/{name}/{i}.jpg" for i in range(3)] for name in ("cat", "ant")}
@@ -248,7 +267,7 @@ def test_names_with_a_hash_a_space_and_bytes_that_are_not_utf8(root, tmp_path):
         ("ant\nbe\n", "; did you mean 'bee'?"),
         ("ant\nbee\nant\n", "line 3: class 'ant' is listed already, in line 1"),
         ("# none\n", "lists 0 classes, and at least 2 are needed"),
-        ("ant\n", "lists 1 classes, and at least 2 are needed"),
+        ("ant\n", "lists 1 class, and at least 2 are needed"),
         ("../train/ant\nbee", "line 1: class '../train/ant' has no folder in"),
     ],
 )
@@ -256,6 +275,13 @@ def test_class_list_that_does_not_match(root, tmp_path, content, text):
     path = written(tmp_path / "some.txt", content)
     found = refusal(root, classes=path)
     assert found.startswith(repr(str(path))) and text in found
+
+
+def test_lists_in_another_encoding(root, tmp_path):
+    path = written(tmp_path / "some.txt", "ant\nbee\n".encode("utf-16"))
+    assert refusal(root, classes=path) == refusal(root, labels=path) == f"{str(path)!r} is not UTF-8 text, and must be"
+    written(path, "ant\nbé\n".encode("latin-1"))
+    assert refusal(root, classes=path).endswith("; the line is not UTF-8 text")
 
 
 def test_class_list_that_cannot_be_read(root, tmp_path):
@@ -344,7 +370,8 @@ def test_class_that_loses_all_its_files_to_the_list(root, tmp_path):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("file,class\ntrain/ant/0.jpg\n", "line 2 has 1 field, and must be file,class"),
+        ("file,class\ntrain/ant/0.jpg\n", "line 2 has 1 field, and must be file,class, separated by a comma"),
+        ("train/ant/0.jpg;ant\n", "line 1 has 1 field, and must be file,class, separated by a comma"),
         ("train/ant/0.jpg,ant,0\n", "line 1 has 3 fields, and must be file,class"),
         ('"train/ant/0.jpg,ant\n', "line 1 cannot be read as CSV"),
         ("train/ant/0.jpg,antt\n", "line 1: class 'antt' has no folder in train; did you mean 'ant'?"),

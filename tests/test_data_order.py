@@ -74,7 +74,7 @@ def test_class_balanced_mixes_the_classes_and_draws_who_gets_one_more():
     assert small[:30] != small[30:60] and set(small[:30]) == set(small[30:60])
 
 
-@given(CLASS_SIZES, st.integers(1, 5), st.integers(1, 6), st.booleans(), st.integers(0, 2**31))
+@given(CLASS_SIZES, st.integers(1, 5), st.integers(2, 6), st.booleans(), st.integers(0, 2**31))
 def test_m_per_class_batches(sizes, per_class, together, drop_last, seed):
     present = [c for c, size in enumerate(sizes) if size]
     assume(together <= len(present))
@@ -107,7 +107,8 @@ def test_each_seam_of_permutations_is_a_fair_draw():
     """With 3 items in pieces of 2, the second piece is one item that is left and one of the two others, each half the time."""
     seen = Counter()
     for seed in range(600):
-        found = draw(labels_of([3], seed), 2, seed, sampler="m_per_class", per_class=2)
+        found = draw(torch.tensor([0, 0, 0, 1, 1, 1]), 4, seed, sampler="m_per_class", per_class=2)
+        found = found[found < 3]  # of one class
         assert len(set(found[2:].tolist())) == 2 and len(found) == 4
         seen[tuple(found[1:].tolist())] += 1
     # 6 permutations of the first three, and 2 choices for the last of which one is excluded by nothing but the left one.
@@ -126,7 +127,9 @@ def test_every_batch_has_its_share_of_extra_images(sizes, extra, batch_size, sha
     n, theirs = len(labels), round(share * batch_size)
     ours = batch_size - theirs
     assume(0 < theirs < batch_size and (not drop_last or batch_size <= n))
-    more = {"sampler": sampler, "per_class": ours}  # of one class each
+    each = max(1, ours // 2)
+    assume(sampler != "m_per_class" or (ours % 2 == 0 and sum(size > 0 for size in sizes) > 1))
+    more = {"sampler": sampler, "per_class": each}  # of two classes
     found = draw(labels, batch_size, seed, drop_last, extra=extra, extra_share=share, **more)
     assert 0 <= found.min() and found.max() < n + extra
     batches = list(found.split(batch_size))
@@ -139,8 +142,8 @@ def test_every_batch_has_its_share_of_extra_images(sizes, extra, batch_size, sha
     if sampler == "class_balanced":
         assert len(real) == min(len(batches) * ours, n) and shown.max() - shown.min() <= 1
     if sampler == "m_per_class":
-        assert len(real) == len(batches) * ours and shown.max() - shown.min() <= ours
-        assert all(len(set(turn.tolist())) == 1 for turn in labels[real].split(ours))
+        assert len(real) == len(batches) * ours and shown.max() - shown.min() <= each
+        assert all(len(set(turn.tolist())) == 1 for turn in labels[real].split(each))
     if sampler != "shuffle":
         assert all(no_early_repeats([i for i in real.tolist() if labels[i] == c], max(sizes[c], 1)) for c in range(len(sizes)))
     whole = len(real) // ours
@@ -208,18 +211,18 @@ def test_few_of_millions_are_drawn_without_a_permutation_of_them(monkeypatch):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("extra", [0, 7, 5000])
 def test_only_the_given_generator_decides(sampler, extra):
-    labels = labels_of([40, 17, 64])
+    labels = labels_of([40, 17, 64, 9])
     state = torch.get_rng_state()
-    first = draw(labels, 6, sampler=sampler, per_class=3, extra=extra, extra_share=0.5)
+    first = draw(labels, 8, sampler=sampler, per_class=2, extra=extra, extra_share=0.5)
     torch.manual_seed(1)
     again = torch.get_rng_state()
-    assert torch.equal(first, draw(labels, 6, sampler=sampler, per_class=3, extra=extra, extra_share=0.5))
+    assert torch.equal(first, draw(labels, 8, sampler=sampler, per_class=2, extra=extra, extra_share=0.5))
     assert torch.equal(torch.get_rng_state(), again)
     torch.set_rng_state(state)
     generator = seeded()
     two = [
         epoch_order(
-            labels, batch_size=6, generator=generator, drop_last=False, sampler=sampler, per_class=3, extra=extra, extra_share=0.5
+            labels, batch_size=8, generator=generator, drop_last=False, sampler=sampler, per_class=2, extra=extra, extra_share=0.5
         )
         for _ in range(2)
     ]
@@ -257,14 +260,19 @@ def test_what_cannot_be():
         draw(labels, 300, drop_last=True, extra=9)
     with pytest.raises(
         UserError,
-        match=r"^data.per_class is 5, and it must divide the 12 images of a batch and leave at most 3 classes in it, as 4 does$",
+        match=r"^data.per_class is 5, and it must divide the 12 images of a batch and leave at least 2 and at most 3 classes in it, "
+        r"as 4 does$",
     ):
         draw(labels, 12, sampler="m_per_class", per_class=5)
     with pytest.raises(
         UserError,
-        match=r"^data.per_class is 2, and it must divide the 12 images of a batch and leave at most 3 classes in it, as 4 does$",
+        match=r"^data.per_class is 2, and it must divide the 12 images of a batch and leave at least 2 and at most 3 .*, as 4 does$",
     ):
         draw(labels, 12, sampler="m_per_class", per_class=2)
+    with pytest.raises(UserError, match=r"^data.per_class is 12, .*leave at least 2 and at most 3 classes in it, as 6 does$"):
+        draw(labels, 12, sampler="m_per_class", per_class=12)
+    with pytest.raises(UserError, match=r"^data.per_class is 7, .*, which no number does$"):
+        draw(labels, 7, sampler="m_per_class", per_class=7)
     with pytest.raises(UserError, match=r"^data.per_class is 0, "):
         draw(labels, 12, sampler="m_per_class", per_class=0)
     with pytest.raises(

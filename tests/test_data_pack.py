@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastanchor import cli, cli_data
 from fastanchor.cli_data import add_data, parse_size, parse_source
-from fastanchor.data import decode, packplan, packshard
+from fastanchor.data import decode, packed, packplan, packshard
 from fastanchor.data.pack import pack
 from fastanchor.data.packplan import Options
 from fastanchor.errors import UserError
@@ -205,7 +205,9 @@ def test_auto_keeps_pixels_up_to_64_and_files_above(tmp_path):
     picture(5, 50).save(root / "train/a/2.png")
     assert "has images of 65x65, 50x50, and squares of one size" in refusal(root, tmp_path / "x")
     assert "pixels are stored in one size: --image-size N says the side" in refusal(root, tmp_path / "x", kind="uint8")
-    assert "--image-size is 0" in refusal(root, tmp_path / "x", image_size=0)
+    for side in (0, 7, 4097):
+        text = refusal(tmp_path / "no source", tmp_path / "x", image_size=side)
+        assert text == f"--image-size is {side} and must lie in [8, 4096] pixels"
     assert not (tmp_path / "x").exists()
 
 
@@ -284,6 +286,8 @@ def test_a_class_of_which_nothing_is_left(root, tmp_path):
     for path in (root / "test/été").iterdir():
         path.write_text("none")
     assert "class 'été' has no image in test that can be used" in refusal(root, tmp_path / "packed", skip_broken=True)
+    with pytest.raises(UserError, match="did not finish, and the same fastanchor data pack, given again, goes on or tells why"):
+        packed.read(tmp_path / "packed")
     (root / "test").rename(root / "val")
     assert "class 'été' has no image in test" in refusal(root, tmp_path / "val", skip_broken=True)
     shutil.rmtree(root / "train")
@@ -391,8 +395,12 @@ def test_another_source_or_other_options_are_refused(root, tmp_path):
     refusal(root, begun, **SMALL)
     before = contents(begun)
     assert "kind was uint8 and is jpeg" in refusal(root, begun, kind="jpeg", **SMALL)
-    assert "shard_size was 4800 and is 9600" in refusal(root, begun, shard_bytes=9600)
-    assert "size was [20, 20] and is [16, 16]" in refusal(root, begun, image_size=16, **SMALL)
+    assert "--shard-size was 4,800 bytes and is 9,600" in refusal(root, begun, shard_bytes=9600)
+    assert "(its images are 20x20, and --image-size 16 makes 16x16)" in refusal(root, begun, image_size=16, **SMALL)
+    assert "(it was begun without --image-size)" in refusal(root, begun, image_size=20, **SMALL)
+    (tmp_path / "resized").mkdir()
+    refusal(root, tmp_path / "resized", image_size=16, **SMALL)
+    assert "(its images are 16x16, and without --image-size they are 20x20)" in refusal(root, tmp_path / "resized", **SMALL)
     (root / "test/été/text.jpg").rename(root / "test/été/tex2.jpg")
     assert "have other names, sizes or classes" in refusal(root, begun, **SMALL)
     (root / "test/été/tex2.jpg").rename(root / "test/été/text.jpg")
@@ -400,7 +408,7 @@ def test_another_source_or_other_options_are_refused(root, tmp_path):
     assert "the files of" in refusal(root, begun, **SMALL) and "have other names, sizes or classes" in refusal(
         root, begun, **SMALL
     )
-    assert "files was {'train': 21, 'test': 6} and is {'train': 21, 'test': 7}" in refusal(root, done, **SMALL)
+    assert "have other names, sizes or classes" in refusal(root, done, **SMALL)
     assert contents(begun) == before
 
 
@@ -412,11 +420,26 @@ def test_an_out_that_holds_something_else_is_left_alone(root, tmp_path):
     (other / "manifest.json").write_text('{"name": "a web page"}')
     assert "must be new or empty" in refusal(root, other)
     assert sorted(contents(other)) == ["manifest.json", "thesis.tex"]
-    assert "cannot be a folder" in refusal(root, other / "thesis.tex")
-    for place in (root, root / "train/packed"):
-        assert "lies among the images" in refusal(root, place)
+    for place in (other / "thesis.tex", other / "thesis.tex/packed"):
+        assert str(place) in (text := refusal(root, place)) and "cannot be a folder" in text and "partial" not in text
     (tmp_path / "empty").mkdir()
     assert pack(root, tmp_path / "empty", Options(), Silent())["kind"] == "uint8"
+
+
+def test_an_unusable_out_is_told_before_the_source_is_listed(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastanchor.data.pack.make_plan", lambda *args: pytest.fail("listed"))
+    (tmp_path / "file").write_text("text")
+    for place in ("file", "file/below"):
+        assert refusal(root, tmp_path / place) == f"--out '{tmp_path}/{place}' cannot be a folder: '{tmp_path}/file' is a file"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("years of work")
+    assert "holds other things ('thesis.tex')" in refusal(root, tmp_path / "other")
+    (tmp_path / "link").symlink_to(root)
+    elsewhere = (root / "test").rename(tmp_path / "elsewhere")
+    (root / "test").symlink_to(elsewhere)
+    for place in (root, root / "packed", root / "train/packed", tmp_path / "link/packed", elsewhere / "packed"):
+        assert "whose images are to be packed, and must lie outside" in refusal(root, place)
+        assert "must lie outside" in refusal(tmp_path / "link", place)
 
 
 def test_two_commands_at_once(root, tmp_path):
@@ -479,7 +502,10 @@ def test_packed_already_is_checked_and_an_altered_file_told(root, tmp_path):
     data = bytearray(before["train-00000.tar"])
     data[700] ^= 1
     (out / "train-00000.tar").write_bytes(data)
-    assert "train-00000.tar' is altered" in refusal(root, out, kind="jpeg")
+    text = refusal(root, out, kind="jpeg")
+    assert "train-00000.tar' is altered" in text and text.endswith(f"remove '{out}' and pack the images again")
+    (out / "train-00000.tar").unlink()
+    assert refusal(root, out, kind="jpeg").endswith(f"remove '{out}' and pack the images again")
 
 
 def command(argv):
@@ -519,6 +545,8 @@ def test_the_command_refuses_in_one_line(root, tmp_path):
     for argv in (["data"], ["data", "pac"], ["data", "pack", "x"], ["data", "pack", "x", "--out", "y", "--as", "png"]):
         with pytest.raises(UserError, match="see fastanchor data"):
             command(argv)
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --skip \(see fastanchor data pack --help\)$"):
+        command(["data", "pack", "x", "--out", "y", "--skip"])
     with pytest.raises(UserError, match="is not there"):
         command(["data", "pack", "nowhere", "--out", str(tmp_path / "out")])
 

@@ -79,6 +79,10 @@ def refusal(root, **settings):
     return text
 
 
+def remedy(root):
+    return f"remove '{root}' and pack the images again"
+
+
 def rewrite(root, change):
     """Change the manifest as a person with an editor would."""
     path = root / "manifest.json"
@@ -159,7 +163,8 @@ def test_a_folder_that_is_not_packed(tmp_path, source):
     assert "manifest.json' is not there: a packed folder is made by fastanchor data pack" in refusal(source)
     assert "is not there" in refusal(tmp_path / "nowhere")
     (tmp_path / "partial").mkdir()
-    assert "its packing was not finished, and the same command goes on" in refusal(tmp_path)
+    text = refusal(tmp_path)
+    assert "its packing did not finish, and the same fastanchor data pack, given again, goes on or tells why it cannot" in text
     for data in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"a": ' + b"9" * 5000 + b"}"):
         (tmp_path / "manifest.json").write_bytes(data)
         assert "manifest.json' is not the manifest" in refusal(tmp_path) or b"9" in data
@@ -183,9 +188,11 @@ def test_missing_truncated_and_longer_files(originals, tmp_path, kind, which):
     data = path.read_bytes()
     for changed in (data[:-1], data + b"\0", b""):
         path.write_bytes(changed)
-        assert f"{path.name}' has {len(changed):,} bytes, and {len(data):,} were packed" in refusal(root)
+        text = refusal(root)
+        assert f"{path.name}' has {len(changed):,} bytes, and {len(data):,} were packed" in text and text.endswith(remedy(root))
     path.unlink()
-    assert f"{path.name}' is not there, and manifest.json beside it names it" in refusal(root)
+    text = refusal(root)
+    assert f"{path.name}' is not there, and manifest.json beside it names it" in text and text.endswith(remedy(root))
     path.mkdir()
     assert f"{path.name}' cannot be read: is a folder" in refusal(root)
 
@@ -193,10 +200,12 @@ def test_missing_truncated_and_longer_files(originals, tmp_path, kind, which):
 def test_altered_pixels_labels_and_index(pixels, files):
     for root, name in ((pixels, "train-00001.npy"), (pixels, "test-labels.npy"), (files, "train-index.npy")):
         flip(root / name, -1)
-        assert f"{name}' is altered: its SHA-256 is" in refusal(root)
+        text = refusal(root)
+        assert f"{name}' is altered: its SHA-256 is" in text and text.endswith(remedy(root))
         flip(root / name, -1)
     flip(pixels / "test-00000.npy", 5)  # in its header
-    assert "test-00000.npy" in refusal(pixels)
+    text = refusal(pixels)
+    assert "test-00000.npy" in text and text.endswith(remedy(pixels))
     packed.read(files)
 
 
@@ -207,8 +216,9 @@ def test_altered_bytes_of_a_file_are_told_when_first_read(files):
     train = packed.read(files).train
     with pytest.raises(BrokenImage, match="is altered: its bytes in .*tar' are not those that were packed"):
         train.read(4)
-    with pytest.raises(UserError, match=r"'train/cat/4.jpg' is altered"):
+    with pytest.raises(UserError, match=r"'train/cat/4.jpg' is altered") as error:
         train.decode([4])
+    assert str(error.value).endswith(f"; {remedy(files)}")
     assert train.read(3)
     with pytest.raises(UserError, match="is altered: its SHA-256"):
         packed.check_files(files, packed.read_manifest(files))

@@ -306,7 +306,7 @@ def test_extra_images_of_another_kind_are_refused(tmp_path, photographs):
     np.savez(extra, image=np.zeros((20, 16, 16, 3), np.uint8), label=np.zeros(20, np.int64))
     with pytest.raises(UserError, match="16x16"):
         load_images(config_of("--data.extra", str(extra)))
-    with pytest.raises(UserError, match="data.extra: is mixed into decoded images only"):
+    with pytest.raises(UserError, match="data.extra: extra images are mixed into images decoded in memory only"):
         load_images(files_config(photographs, "--data.backend", "torch", "--data.extra", str(extra)))
 
 

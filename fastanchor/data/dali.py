@@ -182,7 +182,7 @@ def _named(split: Encoded, index: int) -> Iterator[None]:
     try:
         yield
     except BrokenImage as error:
-        raise UserError(f"{shown(split.name(index))} {error}; --data.skip-broken leaves such files out") from None
+        raise UserError(f"{shown(split.name(index))} {error}; {split.hint}") from None
 
 
 class _Line:
@@ -282,7 +282,7 @@ class _Line:
         broken = [sentence for index in job.indices.tolist() if (sentence := self._broken(index))]
         if broken:
             more = f" (and {len(broken) - 1} more of its batch)" if len(broken) > 1 else ""
-            raise UserError(f"{broken[0]}{more}; --data.skip-broken leaves such files out") from error
+            raise UserError(f"{broken[0]}{more}; {self.split.hint}") from error
         self.flying[0] = (job, [np.frombuffer(plain_png(image.tobytes()), np.uint8) for image in source])
         try:
             self._build(self.capacity, job)
@@ -302,7 +302,7 @@ class _Line:
             return f"{name} {error}"
         listed = tuple(self.split.sizes[:, index].tolist())
         if (height, width) != listed:
-            return f"{name} has {height}x{width} pixels, but had {listed[0]}x{listed[1]} when the images were listed"
+            return f"{name} has {width}x{height} pixels, but had {listed[1]}x{listed[0]} when the images were listed"
         return ""
 
     def _schedule(self, job: Job, source: Source) -> None:

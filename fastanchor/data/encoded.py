@@ -19,7 +19,10 @@ from fastanchor.errors import UserError
 
 
 class Store(Protocol):
-    """Where encoded images lie. Must be picklable (worker processes read from it) and safe to read from threads."""
+    """Where encoded images lie. Must be picklable (worker processes read from it) and safe to read from threads.
+
+    A store may have a `hint`: what to do about a broken image, where it is not to pack the folder again.
+    """
 
     def __len__(self) -> int: ...
 
@@ -77,6 +80,11 @@ class Encoded:
         """Its path, for messages."""
         return self.store.name(int(self.index[index]))
 
+    @property
+    def hint(self) -> str:
+        """What to do about a broken image, the end of a message."""
+        return getattr(self.store, "hint", "pack the folder again")
+
     def gather(self, indices: Tensor) -> Tensor:
         """`decode` by the name that arrays have."""
         return self.decode(indices)
@@ -88,7 +96,7 @@ class Encoded:
             try:
                 return decode(self.read(index), self.image_size)
             except BrokenImage as error:
-                raise UserError(f"{shown(self.name(index))} {error}; --data.skip-broken leaves such files out") from None
+                raise UserError(f"{shown(self.name(index))} {error}; {self.hint}") from None
 
         return torch.from_numpy(decode_many(one, [int(i) for i in indices], (*self.image_shape, 3)))
 

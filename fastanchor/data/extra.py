@@ -135,7 +135,11 @@ def read_extra(path: str | Path, num_classes: int, image_shape: tuple[int, int])
     """
     path, key = str(Path(path).expanduser()), None
     try:
-        with open_regular(path) as file, ZipFile(file) as archive:
+        file = open_regular(path)
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be read: {reason(error)}") from error
+    try:
+        with file, ZipFile(file) as archive:
             names = set(archive.namelist())
             image_key, label_key = _keys(names, path)
             for key in (image_key, label_key):
@@ -193,7 +197,7 @@ def _images(
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
         raise UserError(f"{where} is {dtype} of shape {shape}, and extra images must be uint8 of shape (N, H, W, 3)")
     if shape[1:3] != (height, width):
-        raise UserError(f"{where} has images of {shape[1]}x{shape[2]}, and the training images are {height}x{width}")
+        raise UserError(f"{where} has images of {shape[2]}x{shape[1]}, and the training images are {width}x{height}")
     if shape[0] == 0:
         raise UserError(f"{where} has no images")
     if fortran:

@@ -39,6 +39,8 @@ Size = tuple[int, int]  # (H, W)
 class Files:
     """The store (see `encoded.Store`) of images that are files. A million names take some 30 bytes each, pickled as well."""
 
+    hint = listing.SKIP.format("files")
+
     def __init__(self, paths: Sequence[str]):
         folders: dict[str, int] = {}
         names = []
@@ -185,7 +187,7 @@ def _each(
 def _check_size(found: Size, size: Size) -> None:
     if found != size:
         raise BrokenImage(
-            f"is {found[0]}x{found[1]} where {size[0]}x{size[1]} is expected (--data.image-size N resizes all images)"
+            f"is {found[1]}x{found[0]} where {size[1]}x{size[0]} is expected (--data.image-size N resizes all images)"
         )
 
 
@@ -205,7 +207,8 @@ def _settle(chosen: Chosen, good: dict[str, np.ndarray], left_out: list[str], *n
     whole = [i for i in range(len(found.names)) if all((of[part][good[part]] == i).any() for part in of)]
     names = [found.names[i] for i in whole]
     if len(whole) < len(found.names):
-        found.check_number(len(whole), f" once {len(left_out)} broken or odd-sized files are left out")
+        files = "file is" if len(left_out) == 1 else "files are"
+        found.check_number(len(whole), f" once {len(left_out)} broken or odd-sized {files} left out")
     stays = {part: np.flatnonzero(good[part] & np.isin(of[part], whole)) for part in of}
     labels = {part: np.searchsorted(whole, of[part][stays[part]]) for part in of}
     empty = sorted(found.empty + [name for name in found.names if name not in set(names)])
@@ -224,7 +227,7 @@ def _decode_all(paths: np.ndarray, size: Size, image_size: int | None, skip_brok
         images = np.empty((len(paths), *size, 3), np.uint8)
     except MemoryError as error:
         raise UserError(
-            f"{len(paths):,} images of {size[0]}x{size[1]} do not fit into memory: "
+            f"{len(paths):,} images of {size[1]}x{size[0]} do not fit into memory: "
             "--data.limit takes fewer, --data.image-size makes them smaller"
         ) from error
 
@@ -263,7 +266,7 @@ def indexed(chosen: Chosen, *, skip_broken: bool, image_size: int | None) -> Enc
     size = chosen.size
     if image_size is None and size[0] != size[1]:
         raise UserError(
-            f"{shown(chosen.found.root)} has images of {size[0]}x{size[1]}, and images that are kept as files are made square: "
+            f"{shown(chosen.found.root)} has images of {size[1]}x{size[0]}, and images that are kept as files are made square: "
             "--data.image-size N says their side"
         )
     # Headers are the interpreter's work, for which threads would only wait in turn, unless the disk is what is waited for.

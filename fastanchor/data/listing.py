@@ -22,8 +22,45 @@ from fastanchor.errors import UserError, did_you_mean
 SUFFIXES = (".jpg", ".jpeg", ".png")
 ANNOTATIONS, WNIDS, WORDS = "val_annotations.txt", "wnids.txt", "words.txt"
 SHOWN = 3
+BOXES = "_boxes.txt"
 LAYOUT = "an image folder has train/CLASS/*.jpg, jpeg or png, and the same in test or val"
 SKIP = "--data.skip-broken leaves such {} out"
+
+
+class _Unused:
+    """What class folders have besides images: how many files by ending, how many folders, and where."""
+
+    def __init__(self, root: Path):
+        self.root, self.kinds, self.folders = root, Counter(), 0
+        self.places: list[str] = []
+
+    def add(self, entry: os.DirEntry) -> None:
+        # Hidden entries are the system's. Boxes are Tiny-ImageNet's, beside the images.
+        if entry.name.startswith(".") or entry.name.endswith(BOXES):
+            return
+        # A link in a circle would make is_dir raise.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            self.folders += 1
+        else:
+            self.kinds[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
+        place = os.path.dirname(entry.path)
+        if place not in self.places[-1:]:
+            self.places.append(place)
+
+    def notes(self) -> list[str]:
+        """One sentence, or none."""
+        count, parts = self.kinds.total(), []
+        if count:
+            kinds = listed(sorted(self.kinds, key=lambda kind: (-self.kinds[kind], kind)), SHOWN)
+            kind = "another kind" if count == 1 else "other kinds"
+            parts.append(f"{count:,} file{'s' if count > 1 else ''} of {kind} ({kinds})")
+        if self.folders:
+            parts.append(f"{self.folders:,} sub-folder{'s' if self.folders > 1 else ''}")
+        if not parts:
+            return []
+        first = shown(os.path.relpath(self.places[0], self.root))
+        place = first if len(self.places) == 1 else f"{len(self.places):,} class folders, the first {first},"
+        return [f"{' and '.join(parts)} in {place} {'is' if count + self.folders == 1 else 'are'} not used."]
 
 
 @dataclass
@@ -56,8 +93,8 @@ class Listing:
     def check_number(self, count: int, when: str = "") -> None:
         """UserError where fewer than two classes are left."""
         if count < 2:
-            both = f"train and {self.held_out}{when}"
-            raise UserError(f"{shown(self.root)} has {count} classes with images in {both}, and at least 2 are needed")
+            both, classes = f"train and {self.held_out}{when}", "class" if count == 1 else "classes"
+            raise UserError(f"{shown(self.root)} has {count} {classes} with images in {both}, and at least 2 are needed")
 
 
 def find(root: Path, *, classes: Path | None = None, labels: Path | None = None, skip_broken: bool = False) -> Listing:
@@ -70,15 +107,16 @@ def find(root: Path, *, classes: Path | None = None, labels: Path | None = None,
     held_out, annotated, notes = _layout(root, known)
     names = known if classes is None else _class_list(classes, known, root / "train")
     inner = annotated or present(root / WNIDS)
-    parts = {"train": _in_class_folders(root / "train", names, inner)}
+    unused = _Unused(root)
+    parts = {"train": _in_class_folders(root / "train", names, inner, unused)}
     if annotated:
-        parts[held_out] = _annotated(root / "val", known, names, skip_broken, notes)
+        parts[held_out] = _annotated(root / "val", known, names, skip_broken, notes, unused)
     else:
         # Where Tiny-ImageNet's val was sorted into folders, its own may be left.
         other = [name for name in _class_folders(root / held_out) if not (inner and name == "images")]
         _check_same(root, known, other, held_out, None if classes is None else names)
-        parts[held_out] = _in_class_folders(root / held_out, names, inner)
-    listing = Listing(root, held_out, names, parts, notes=notes)
+        parts[held_out] = _in_class_folders(root / held_out, names, inner, unused)
+    listing = Listing(root, held_out, names, parts, notes=notes + unused.notes())
     if inner:
         _read_words(listing)
     when = ""
@@ -133,25 +171,31 @@ def _dangling(entry: os.DirEntry) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)
 
 
-def _images(folder: str) -> list[str]:
+def _images(folder: str, unused: _Unused) -> list[str]:
     """Sorted names of what has an image's suffix; only one level is entered, so links in a circle cannot hang it."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith("."))
+            names = []
+            for entry in entries:
+                if not entry.name.lower().endswith(SUFFIXES):
+                    unused.add(entry)
+                elif not entry.name.startswith("."):
+                    names.append(entry.name)
+            return sorted(names)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
             return []
         raise UserError(f"{shown(folder)} cannot be listed: {reason(error)}") from error
 
 
-def _in_class_folders(folder: Path, names: list[str], inner: bool) -> dict[str, list[str]]:
+def _in_class_folders(folder: Path, names: list[str], inner: bool, unused: _Unused) -> dict[str, list[str]]:
     """Paths by class. inner: they lie in CLASS/images where there is such a folder."""
     found = {}
     for name in names:
         place = os.path.join(folder, name)
         if inner and os.path.isdir(os.path.join(place, "images")):
             place = os.path.join(place, "images")
-        found[name] = [os.path.join(place, file) for file in _images(place)]
+        found[name] = [os.path.join(place, file) for file in _images(place, unused)]
     return found
 
 
@@ -170,13 +214,22 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of each line that is not blank. Undecodable bytes are kept as `os` keeps them in file names."""
     try:
         with open_regular(path) as file:
-            text = file.read().decode("utf-8", "surrogateescape")
+            data = file.read()
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {reason(error)}") from error
+    if b"\0" in data:  # UTF-16, or no text: no name of a file has it
+        raise UserError(f"{shown(path)} is not UTF-8 text, and must be")
+    text = data.decode("utf-8", "surrogateescape")
     # Not splitlines, for which a few characters that a name may hold end a line as well.
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
         if line.strip():
             yield number, line.rstrip("\r")
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """What may be meant by a class that has no folder."""
+    undecoded = any("\udc80" <= letter <= "\udcff" for letter in name)
+    return "; the line is not UTF-8 text" if undecoded else did_you_mean(name, known)
 
 
 def _class_list(path: Path, known: list[str], folder: Path) -> list[str]:
@@ -185,26 +238,26 @@ def _class_list(path: Path, known: list[str], folder: Path) -> list[str]:
     for number, line in _lines(path):
         name = line.strip()
         if name not in folders:
-            name = "" if name.startswith("#") else name.split(" #")[0].split("\t#")[0].rstrip()
+            name = "" if name.startswith("#") else name.split(" #")[0].split("\t#")[0].rstrip().rstrip("/")
         if not name:
             continue
         if name not in folders:
-            hint = did_you_mean(name, known)
-            raise UserError(f"{shown(path)} line {number}: class {name!r} has no folder in {shown(folder)}{hint}")
+            raise UserError(f"{shown(path)} line {number}: class {name!r} has no folder in {shown(folder)}{_hint(name, known)}")
         if name in lines:
             raise UserError(f"{shown(path)} line {number}: class {name!r} is listed already, in line {lines[name]}")
         lines[name] = number
     if len(lines) < 2:
-        raise UserError(f"{shown(path)} lists {len(lines)} classes, and at least 2 are needed")
+        classes = "class" if len(lines) == 1 else "classes"
+        raise UserError(f"{shown(path)} lists {len(lines)} {classes}, and at least 2 are needed")
     return list(lines)
 
 
 def _annotated(
-    val: Path, known: list[str], names: list[str], skip_broken: bool, notes: list[str]
+    val: Path, known: list[str], names: list[str], skip_broken: bool, notes: list[str], unused: _Unused
 ) -> dict[str, list[str]]:  # fmt: skip
     """Paths by class of Tiny-ImageNet's val/images, by val_annotations.txt: tab-separated file, class and box."""
     path, folder = val / ANNOTATIONS, os.path.join(val, "images")
-    here, folders = set(_images(folder)), set(known)
+    here, folders = set(_images(folder, unused)), set(known)
     found: dict[str, list[str]] = {name: [] for name in names}
     seen: dict[str, int] = {}
     absent, unknown = [], []
@@ -270,12 +323,14 @@ def _label_rows(path: Path, known: list[str]) -> dict[str, tuple[int, str]]:
         except csv.Error as error:
             raise UserError(f"{where} cannot be read as CSV: {reason(error)}") from error
         if len(row) != 2:
-            raise UserError(f"{where} has {len(row)} field{'s' if len(row) > 1 else ''}, and must be file,class")
+            raise UserError(
+                f"{where} has {len(row)} field{'s' if len(row) > 1 else ''}, and must be file,class, separated by a comma"
+            )
         file, name = row
         if place == 0 and not file.lower().endswith(SUFFIXES):
             continue
         if name not in folders:
-            raise UserError(f"{where}: class {name!r} has no folder in train{did_you_mean(name, known)}")
+            raise UserError(f"{where}: class {name!r} has no folder in train{_hint(name, known)}")
         file = posixpath.normpath(file)
         if file in rows:
             raise UserError(f"{where} names {file!r} again, after line {rows[file][0]}")

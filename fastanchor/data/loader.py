@@ -181,7 +181,7 @@ class _Maker(Dataset):
                         raise BrokenImage(f"has {now} pixels and had {then} when the data set was read")
                     image.load()
             except BrokenImage as error:
-                raise UserError(f"{shown(self.split.name(index))} {error}; --data.skip-broken leaves such files out") from None
+                raise UserError(f"{shown(self.split.name(index))} {error}; {self.split.hint}") from None
             yield image
 
 

@@ -28,7 +28,8 @@ def epoch_order(
     other; also the last batch is complete.
     Within an epoch no class has a second turn before every class had one, and no image of a class before all of its images;
     in a batch a class or image comes twice only where a class has fewer than per_class images: one of them is then several
-    times in it, each time as a view of its own. To refuse that would rule out every set with one rare class.
+    times in it, each time as a view of its own. To refuse that would rule out every set with one rare class. A batch has at
+    least two classes, without which a contrastive loss has no negatives.
     extra: number of extra images, indices n to n + extra - 1. Every batch has round(extra_share * batch_size) of them, without
     repeats in an epoch until all were shown, spread evenly between the real ones, so that every process's part of a batch
     has its share of both. An epoch has as many batches as without extra images, and so shows 1 - extra_share of the real ones,
@@ -97,12 +98,12 @@ def _class_balanced(labels: Tensor, count: int, generator: torch.Generator) -> T
 def _m_per_class(labels: Tensor, batches: int, batch_size: int, per_class: int, generator: torch.Generator, whose: str) -> Tensor:
     images, sizes = _by_class(labels)
     classes, together = len(sizes), batch_size // max(per_class, 1)
-    if per_class < 1 or batch_size % per_class or together > classes:
-        allowed = [m for m in range(1, batch_size + 1) if batch_size % m == 0 and batch_size // m <= classes]
-        nearest = min(allowed, key=lambda m: abs(m - per_class))
+    if per_class < 1 or batch_size % per_class or not 2 <= together <= classes:
+        allowed = [m for m in range(1, batch_size + 1) if batch_size % m == 0 and 2 <= batch_size // m <= classes]
+        advice = f"as {min(allowed, key=lambda m: abs(m - per_class))} does" if allowed else "which no number does"
         raise UserError(
-            f"data.per_class is {per_class}, and it must divide the {batch_size} images of a batch{whose} and leave at most "
-            f"{classes} classes in it, as {nearest} does"
+            f"data.per_class is {per_class}, and it must divide the {batch_size} images of a batch{whose} and leave at least 2 "
+            f"and at most {classes} classes in it, {advice}"
         )
     count = batches * together
     turns = _walk(torch.tensor([classes]), torch.tensor([count]), together, generator)

@@ -36,6 +36,7 @@ def pack(source: Path, out: Path, options: Options, report: Report) -> dict[str,
     Raises UserError: for an unusable source or folder, and after all files were looked at for broken and mislabelled ones,
     unless options.skip_broken.
     """
+    _check_place(source, out)
     report.say(f"listing {shown(source)}")
     plan = make_plan(source, options)
     with _claimed(out, plan) as finished:
@@ -79,24 +80,32 @@ def _pack(plan: Plan, out: Path, options: Options, report: Report) -> dict[str, 
     return _finish(plan, records, same, notes, out)
 
 
+def _check_place(source: Path, out: Path) -> None:
+    """UserError where `out` can be told to be unusable without the listing of `source`, which may take minutes."""
+    target = Path(os.path.realpath(out))
+    if any(target.is_relative_to(os.path.realpath(path)) for path in (source, *(source / s for s in ("train", "test", "val")))):
+        raise UserError(f"--out {shown(out)} lies in {shown(source)}, whose images are to be packed, and must lie outside")
+    there = next((path for path in (out, *out.parents) if present(path)), None)
+    if there and not there.is_dir():
+        raise UserError(f"--out {shown(out)} cannot be a folder: {shown(there)} is a file")
+    begun = present(out / packed.MANIFEST) or present(out / "partial" / "plan.json")
+    others = sorted(path.name for path in out.iterdir() if path.name != "partial") if out.is_dir() and not begun else []
+    if others:
+        raise UserError(f"--out {shown(out)} is there and holds other things ({shown(others[0])}): it must be new or empty")
+
+
 @contextlib.contextmanager
 def _claimed(out: Path, plan: Plan) -> Iterator[bool]:
     """Hold the folder for this plan: new, empty, or begun or finished with the same one. Gives whether it is finished."""
-    source, target = plan.source.resolve(), out.resolve()
-    if target == source or any(target.is_relative_to(source / split) for split in ("train", "test", "val")):
-        raise UserError(f"--out {shown(out)} lies among the images of {shown(plan.source)}, and must lie outside")
     partial = out / "partial"
     if present(out / packed.MANIFEST) and not present(partial):
         _check_same(out / packed.MANIFEST, plan, out)
         yield True
         return
     earlier = next((path for path in (out / packed.MANIFEST, partial / "plan.json") if present(path)), None)
-    if earlier is None and out.is_dir():
-        others = sorted(path.name for path in out.iterdir() if path != partial)
-        if others:
-            raise UserError(f"--out {shown(out)} is there and holds other things ({shown(others[0])}): it must be new or empty")
     if earlier is not None:
         _check_same(earlier, plan, out)
+    make_folder(out)  # first, so that a refusal names the folder that was asked for
     make_folder(partial)
     with open(partial / ".lock", "w") as lock:
         try:
@@ -114,14 +123,26 @@ def _check_same(path: Path, plan: Plan, out: Path) -> None:
     try:
         made = json.loads(path.read_bytes())
         made = made["plan"] if path.name == packed.MANIFEST else made
-        differing = [key for key in plan.described if made[key] != plan.described[key]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        differing = [_difference(key, made[key], plan) for key in plan.described if made[key] != plan.described[key]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"{shown(path)} is none of a packed folder's ({reason(error)}), and --out must be new or empty") from None
     if differing:
-        key = differing[0]
-        what = f"{key} was {made[key]} and is {plan.described[key]}" if key != "listing" else (
-            f"the files of {shown(plan.source)} have other names, sizes or classes now")  # fmt: skip
-        raise UserError(f"{shown(out)} was made from something else ({what}): choose another --out, or remove it")
+        raise UserError(f"{shown(out)} was made from something else ({differing[0]}): choose another --out, or remove it")
+
+
+def _difference(key: str, was: Any, plan: Plan) -> str:
+    """What is not as it was, in words of the command line."""
+    now = plan.described[key]
+    if key == "size":
+        how = f"--image-size {now[0]} makes" if plan.resized else "without --image-size they are"
+        return "its images are {}x{}, and {} {}x{}".format(*was, how, *now)
+    if key == "resized":
+        return f"it was begun {'with' if was else 'without'} --image-size"
+    if key == "shard_size":
+        return f"--shard-size was {was:,} bytes and is {now:,}"
+    if key in ("files", "listing"):
+        return f"the files of {shown(plan.source)} have other names, sizes or classes now"
+    return f"{key} was {was} and is {now}"
 
 
 class Same(NamedTuple):

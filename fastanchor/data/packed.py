@@ -30,7 +30,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "test")
 MAX_MANIFEST = 256_000_000  # bytes; it lists what was left out, and a set may have had many broken files
-MAX_SIDE = 4096  # of image_size, in pixels
+MIN_SIDE, MAX_SIDE = 8, 4096  # of --image-size, in pixels
 OPEN_SHARDS = 128  # files kept open by a process, far below the usual limit of 1024
 # One row an image, in the order of the source's listing. shard: which of the split's; offset, length: of its bytes there.
 INDEX = np.dtype(
@@ -72,8 +72,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
         with open_regular(path) as file:
             data = file.read(MAX_MANIFEST + 1)
     except FileNotFoundError:
-        hint = "its packing was not finished, and the same command goes on" if (root / "partial").is_dir() else (
-            "a packed folder is made by fastanchor data pack")  # fmt: skip
+        hint = "a packed folder is made by fastanchor data pack"
+        if (root / "partial").is_dir():
+            hint = "its packing did not finish, and the same fastanchor data pack, given again, goes on or tells why it cannot"
         raise UserError(f"{shown(path)} is not there: {hint}") from None
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {reason(error)}") from error
@@ -165,11 +166,16 @@ def _check_manifest(manifest: Any, where: str) -> None:
             check_file(part.get(key), f"splits.{split}.{key}")
 
 
+def _remedy(path: Path | str) -> str:
+    """What to do about a damaged file of a packed folder."""
+    return f"remove {shown(Path(path).parent)} and pack the images again"
+
+
 def _open(path: Path) -> BinaryIO:
     try:
         return open_regular(path)
     except FileNotFoundError:
-        raise UserError(f"{shown(path)} is not there, and {MANIFEST} beside it names it") from None
+        raise UserError(f"{shown(path)} is not there, and {MANIFEST} beside it names it: {_remedy(path)}") from None
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be read: {reason(error)}") from error
 
@@ -178,12 +184,16 @@ def _check_size(path: Path, expected: int) -> None:
     with _open(path) as file:
         found = os.fstat(file.fileno()).st_size
     if found != expected:
-        raise UserError(f"{shown(path)} has {found:,} bytes, and {expected:,} were packed: it is truncated or altered")
+        raise UserError(
+            f"{shown(path)} has {found:,} bytes, and {expected:,} were packed, so it is truncated or altered: {_remedy(path)}"
+        )
 
 
 def _check_sum(path: Path, found: str, expected: str) -> None:
     if found != expected:
-        raise UserError(f"{shown(path)} is altered: its SHA-256 is {found[:16]}..., and {expected[:16]}... was packed")
+        raise UserError(
+            f"{shown(path)} is altered: its SHA-256 is {found[:16]}..., and {expected[:16]}... was packed; {_remedy(path)}"
+        )
 
 
 def _small(root: Path, entry: dict[str, Any]) -> bytes:
@@ -201,9 +211,12 @@ def _after_header(file: BinaryIO, path: Path, dtype: np.dtype, shape: tuple[int,
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         found = header(file)
     except Exception as error:  # a damaged header can raise anything
-        raise UserError(f"{shown(path)} is not a .npy file: {reason(error)}") from error
+        raise UserError(f"{shown(path)} is not a .npy file ({reason(error)}): {_remedy(path)}") from error
     if found != (shape, False, dtype) or size - file.tell() != np.prod(shape) * dtype.itemsize:
-        raise UserError(f"{shown(path)} holds {found[2]} of shape {found[0]}, and its manifest wants {dtype} of shape {shape}")
+        raise UserError(
+            f"{shown(path)} holds {found[2]} of shape {found[0]}, and its manifest wants {dtype} of shape {shape}: "
+            + _remedy(path)
+        )
 
 
 def _column(root: Path, entry: dict[str, Any], dtype: np.dtype, count: int) -> np.ndarray:
@@ -321,11 +334,12 @@ class Shards:
             data = os.pread(file.number, length, offset)
         except OSError as error:
             raise BrokenImage(f"cannot be read from {shown(self._paths[shard])} ({reason(error)})") from error
+        path = self._paths[shard]
         if len(data) != length:
-            raise BrokenImage(f"lies beyond the end of {shown(self._paths[shard])}, which is truncated")
+            raise BrokenImage(f"lies beyond the end of {shown(path)}, which is truncated")
         if not self._checked[index]:
             if zlib.crc32(data) != crc32:
-                raise BrokenImage(f"is altered: its bytes in {shown(self._paths[shard])} are not those that were packed")
+                raise BrokenImage(f"is altered: its bytes in {shown(path)} are not those that were packed")
             self._checked[index] = True
         return data
 
@@ -338,6 +352,11 @@ class Shards:
                 lines = []
             self._names = [os.fsdecode(line) for line in lines]
         return self._names[index] if index < len(self._names) else f"image {index} of {self._names_path}"
+
+    @property
+    def hint(self) -> str:
+        """What to do about an image that cannot be read, see `encoded.Store`."""
+        return _remedy(self._names_path)
 
     def digest(self) -> bytes:
         """Of the shards' checksums."""

@@ -33,7 +33,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Options:
-    """kind: auto, uint8 or jpeg. image_size: side in pixels, 1 to 4096. classes, labels: files, see `listing.find`.
+    """kind: auto, uint8 or jpeg. image_size: side in pixels, 8 to 4096. classes, labels: files, see `listing.find`.
 
     skip_broken: leave out broken and mislabelled files instead of stopping once all were looked at.
     """
@@ -92,6 +92,9 @@ class Plan:
 
 def make_plan(source: Path, options: Options) -> Plan:
     """Lists the folder, looks into about a hundred files for their size, and says what each shard will hold. UserError."""
+    side = options.image_size
+    if side is not None and not packed.MIN_SIDE <= side <= packed.MAX_SIDE:
+        raise UserError(f"--image-size is {side} and must lie in [{packed.MIN_SIDE}, {packed.MAX_SIDE}] pixels")
     try:
         chosen = folder.choose(source, skip_broken=options.skip_broken, classes=options.classes, labels=options.labels)
     except UserError as error:
@@ -154,8 +157,6 @@ def _cut(order: np.ndarray, cost: np.ndarray, limit: int) -> Iterator[np.ndarray
 def _layout(source: Path, options: Options, stored: Counter) -> tuple[bool, tuple[int, int]]:
     """Whether pixels are stored, and the (H, W) of the images that are made. stored: how often which size was found."""
     side = options.image_size
-    if side is not None and not 1 <= side <= packed.MAX_SIDE:
-        raise UserError(f"--image-size is {side} and must lie in [1, {packed.MAX_SIDE}] pixels")
     if not stored:
         raise UserError(f"{shown(source)}: none of its training files can be read as a JPEG or PNG image")
     common, count = stored.most_common(1)[0]
