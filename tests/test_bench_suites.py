@@ -434,7 +434,7 @@ def test_the_gpu_runs_data_part_feeds_the_step_by_every_pipeline(tmp_path):
         assert row["cost_percent_range"] == pytest.approx(expected)
     # Two dozen images fit into memory.
     (chosen,) = [row for row in rows if "chosen" in row]
-    assert chosen["name"] == gpu_data.WITHIN and "fit into memory" in chosen["chosen"] and chosen["target_percent"] == 2
+    assert chosen["name"] == gpu_data.WITHIN and "in memory already" in chosen["chosen"] and chosen["target_percent"] == 2
     assert chosen["within_target"] == (chosen["cost_percent"] < 2)
     files = {row["name"]: row for row in rows if row.get("how") == gpu_data.FILES}
     assert "GPU" in files["dali, mixed"]["left_out"] or "DALI" in files["dali, mixed"]["left_out"]
