@@ -32,11 +32,17 @@ class Backbone(nn.Sequential):
         self.num_features = num_features
 
 
+def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """The identity, or where the shape changes a 1x1 convolution and a BN (He et al. 2016a, option B)."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
 class BasicBlock(nn.Module):
     """He et al. 2016a (arXiv 1512.03385): relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)).
 
-    Every convolution is followed by its own BN. The shortcut is the identity, or a 1x1 convolution and a BN where the
-    shape changes (their option B).
+    Every convolution is followed by its own BN.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -45,11 +51,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.shortcut = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -95,11 +97,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(narrow)
         self.conv3 = nn.Conv2d(narrow, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
+        self.shortcut = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
