@@ -73,7 +73,8 @@ def test_fractions_are_correctly_rounded(top, bottom):
 
 NUMBERS = [-1e9, -3, -1, -0.5, -1e-9, 0, 1e-9, 0.1, 0.5, 0.500001, 0.999, 1, 2, 7, 7.5, 8, 500, 1e9]
 INTERVALS = {  # what the sentence says, stated a second time
-    "> 0": lambda v: v > 0, ">= 0": lambda v: v >= 0, ">= 1": lambda v: v >= 1, ">= 8": lambda v: v >= 8,
+    "> 0": lambda v: v > 0, ">= 0": lambda v: v >= 0, ">= 1": lambda v: v >= 1,
+    "in [0, 256]": lambda v: 0 <= v <= 256, "in [8, 4096]": lambda v: 8 <= v <= 4096,
     "in [0, 1)": lambda v: 0 <= v < 1, "in (0, 0.5]": lambda v: 0 < v <= 0.5, "in (0, 1)": lambda v: 0 < v < 1,
     "a list, each >= 0": lambda v: all(x >= 0 for x in v), "a list of at least one attack": lambda v: len(v) > 0,
 }  # fmt: skip
