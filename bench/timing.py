@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from time import perf_counter
 
 import torch
+
+from fastanchor.pipes import seconds
 
 Call = Callable[[], object]
 
@@ -19,23 +20,6 @@ LAUNCHES = (
     "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync",
     "cudaMemsetAsync",
 )  # fmt: skip
-
-
-def seconds(call: Call, device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one call, on average over `repeats` in a row: by CUDA events on a GPU, waited for once at the end."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
-    started = perf_counter()
-    for _ in range(repeats):
-        call()
-    return (perf_counter() - started) / repeats
 
 
 def interleaved(calls: dict[str, Call], device: torch.device, *, rounds: int, fill: float = 0.0) -> dict[str, list[float]]:

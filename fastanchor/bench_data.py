@@ -34,7 +34,7 @@ from fastanchor.pipeline import load_images
 from fastanchor.pipes import Candidate, Pairs, Pipe, costs, judge, memory_now, rates
 from fastanchor.settings import to_dict
 from fastanchor.train.loop import check_config, check_device, cudnn_benchmark
-from fastanchor.train.memory import explain_out_of_memory
+from fastanchor.train.memory import check_narrow_convolutions, explain_out_of_memory
 from fastanchor.train.optim import WeightAverage, build_optimizer, set_learning_rate
 from fastanchor.train.run import model_from_config
 from fastanchor.train.step import TrainStep, data_views
@@ -107,6 +107,8 @@ def measure(
     shrunk: list[str] = []
     if device.type == "cpu":
         config, shrunk = cpu_sized(config, given, images.image_shape)
+    if config.channels_last:
+        check_narrow_convolutions(_network(config, images.num_classes), images.image_shape, device)
     run = _Run(config, images, device, names, rounds, say)
     with cudnn_benchmark(), contextlib.ExitStack() as stack:
         found = run.measure(stack, shrunk)

@@ -314,6 +314,12 @@ def test_files_that_cannot_stay_files_leave_their_backends_out(monkeypatch, tmp_
     assert found["recommended"]["says"].startswith("use resident, as auto does")
 
 
+def test_a_network_that_torch_computes_beyond_its_memory_is_refused(monkeypatch, tmp_path):
+    write_folder(tmp_path, size=(64, 64))
+    with pytest.raises(UserError, match="^channels_last = True: on a CPU torch's gradient"):
+        measured(monkeypatch, "--data.source", f"folder:{tmp_path}", "--model.width", "8", "--batch-size", "4")
+
+
 def test_a_set_that_does_not_fit_is_not_resident(monkeypatch):
     monkeypatch.setattr(feeds, "choose", lambda *args: ("torch", "9 GiB of images do not fit into the GPU's 8 GiB"))
     found, _ = measured(monkeypatch)

@@ -57,8 +57,7 @@ class TrainStep:
 
     load: from what a batch is made of (indices into a resident set, say; every tensor begins with the batch) to images uint8
     (B, H, W, 3), or the `Rows` of a store, or views `Prepared` by a feed, and labels (B,), on the device; it is a part of the
-    step, and of its graph. notes: how the step is run and why, for people,
-    after the first one.
+    step, and of its graph. notes: how the step is run and why, for people, after the first one.
     """
 
     def __init__(
