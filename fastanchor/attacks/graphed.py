@@ -26,35 +26,37 @@ class GraphedAttacks:
         self._failed: dict[tuple, str] = {}
 
     def run(
-        self, settings: tuple, function: Callable[[Tensor, Tensor, torch.Generator | None], Tensor], model: nn.Module,
-        network: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None,
+        self, settings: tuple, function: Callable[..., Tensor], model: nn.Module, network: nn.Module, inputs: tuple[Tensor, ...],
+        generator: torch.Generator | None,
     ) -> tuple[Tensor | None, str]:  # fmt: skip
-        """`function(images, labels, generator)`, captured on first sight, and a note; None and the reason where it cannot be.
+        """`function(*inputs, generator=)`, captured on first sight, and a note; None and the reason where it cannot be.
 
-        settings: everything hashable that `function` depends on. generator: where its random numbers come from. Buffers
-        that the attack moves (bn="train") are as after one run, although capturing runs the function several times.
+        inputs: the images, their labels, and whatever else changes from call to call. settings: everything hashable that
+        `function` depends on besides. generator: where its random numbers come from. Buffers that the attack moves (bn="train")
+        are as after one run, although capturing runs the function several times.
         """
+        device = inputs[0].device
         if has_hooks(model):
             return None, "the model has hooks, which must see every call"
-        if torch.is_autocast_enabled(images.device.type) and torch.is_autocast_cache_enabled():
+        if torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled():
             return None, "inside torch.autocast, whose cast weights a graph would keep"
         tensors = [*model.parameters(), *model.buffers()]
         key = (
-            settings, id(network), generator is None, tuple(images.shape), images.stride(), images.device,
+            settings, id(network), generator is None, tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in inputs),
             graphs.pointers(tensors), fingerprint(model), fp32_meaning(),
         )  # fmt: skip
         if key in self._failed:
             return None, self._failed[key]
 
         # A graph draws from one generator for ever, callers often bring a new one: the graph's own takes on its state.
-        if generator is not None and images.device not in self._generators:
-            self._generators[images.device] = torch.Generator(images.device)
-        own = None if generator is None else self._generators[images.device]
+        if generator is not None and device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        own = None if generator is None else self._generators[device]
 
         def build() -> graphs.Captured:
             return graphs.Captured(
-                lambda images, labels: function(images, labels, own), (images, labels), state=list(model.buffers()),
-                generators=() if own is None else (own,), pool=graphs.shared_pool(images.device),
+                lambda *inputs: function(*inputs, generator=own), inputs, state=list(model.buffers()),
+                generators=() if own is None else (own,), pool=graphs.shared_pool(device),
             )  # fmt: skip
 
         try:
@@ -66,7 +68,7 @@ class GraphedAttacks:
         if own is not None:
             own.set_state(generator.get_state())
         # The graph's own output is overwritten by the next replay.
-        x_adv = captured(images, labels).clone()
+        x_adv = captured(*inputs).clone()
         if own is not None:
             generator.set_state(own.get_state())
         return x_adv, "the whole attack is one CUDA graph"

@@ -1,0 +1,109 @@
+"""A method of one's own: the file of docs/adding-a-method.md, followed as it stands, and what may go wrong with such a file."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastanchor import cli, methods
+from fastanchor.config import Config
+from fastanchor.errors import UserError
+from fastanchor.methods import build_method, method_class, title_of
+from fastanchor.settings import from_dict, parse_flags, to_dict
+from fastanchor.train import checkpoint
+from fastanchor.train.run import RunDir, load_trained
+
+DOCS = (Path(__file__).parent.parent / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+(CODE,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+COMMAND = re.search(r"^fastanchor (train .*--method alp.py.*)$", DOCS, re.MULTILINE)[1].split()
+SMALL = ["--data.limit", "60", "--attack.steps", "1", "--model.width", "4", "--batch-size", "20", "--val.attack", "pgd1",
+         "--eval.attacks", "pgd1", "--eval.report-images", "8", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to stand in, with the documentation's file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods, "_files", {})
+    (tmp_path / "alp.py").write_text(CODE, encoding="utf-8")
+    return tmp_path
+
+
+def message_of(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_the_documented_command_trains_resumes_and_is_judged_without_the_file(here, monkeypatch):
+    assert cli.main([*COMMAND, *SMALL, "--out", "run"]) == 0
+    rows = RunDir("run").history()
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert all({"loss_ce_adv", "loss_pairing", "accuracy_aug", "accuracy_adv"} <= row.keys() for row in rows)
+    config = RunDir("run").open()
+    assert (config.method, config.loss.pairing, title_of(config)) == ("alp.py", 0.3, "alp")
+
+    whole = checkpoint.load(Path("run/checkpoints/last.pt"))["weights"]
+    (here / "run/checkpoints/last.pt").unlink()  # what a kill after the first epoch leaves
+    assert cli.main(["train", "--resume", "run"]) == 0
+    again = checkpoint.load(Path("run/checkpoints/last.pt"))["weights"]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    (here / "alp.py").unlink()
+    monkeypatch.setattr(methods, "_files", {})
+    assert load_trained("run", torch.device("cpu")).config.method == "alp.py"
+    assert cli.main(["eval", "run", "--attack", "pgd1"]) == 0
+    assert cli.main(["report", "run"]) == 0
+    assert cli.main(["train", "--resume", "run"]) == 2
+
+
+def test_its_loss_is_the_documented_formula(here):
+    config = parse_flags(["--method", "alp.py", "--loss.pairing", "2"], Config())
+    method = build_method(config)
+    generator = torch.Generator().manual_seed(0)
+    clean, adversarial = (torch.randn(5, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    terms = method.loss(methods.Outputs({"aug": clean, "adv": adversarial}, {}), labels, torch.zeros(()))
+    crossed = paired = 0.0
+    for x, z, y in zip(clean.tolist(), adversarial.tolist(), labels.tolist(), strict=True):
+        total = sum(2.718281828459045**value for value in z)
+        crossed -= torch.tensor(2.718281828459045 ** z[y] / total).log().item() / 5
+        paired += 2 * sum((a - b) ** 2 for a, b in zip(x, z, strict=True)) / 5
+    assert terms["ce_adv"].item() == pytest.approx(crossed, rel=1e-6)
+    assert terms["pairing"].item() == pytest.approx(paired, rel=1e-12)
+
+
+def test_settings_of_a_file_are_typed_and_ranged(here):
+    config = parse_flags(["--method", "alp.py"], Config())
+    assert message_of(parse_flags, ["--loss.pairing", "-1"], config) == "loss.pairing = -1: must be >= 0"
+    message = message_of(parse_flags, ["--loss.beta", "1"], config)
+    assert message == "unknown setting loss.beta = 1; the method alp.py has loss.pairing"
+    assert from_dict(to_dict(config), "again") == config
+    changed = dataclasses.replace(config, method="anchor")
+    from fastanchor.train.checks import check_config
+
+    assert message_of(check_config, changed).startswith("method = anchor: loss holds another method's settings")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "method = my.py: no such file"),
+        ("x = 1", "method = my.py: must define one subclass of fastanchor.methods.Method, has 0"),
+        (CODE + "\n\nclass Second(LogitPairing):\n    pass\n",
+         "method = my.py: must define one subclass of fastanchor.methods.Method, has 2"),
+        ("def f(:", "method = my.py: the file cannot be run: SyntaxError: "),
+        ("import nothing_of_this_name", "method = my.py: the file cannot be run: ModuleNotFoundError: "),
+    ],
+)  # fmt: skip
+def test_bad_files_are_one_sentence(here, text, message):
+    if text is not None:
+        (here / "my.py").write_text(text, encoding="utf-8")
+    assert message_of(method_class, "my.py").startswith(message)
+
+
+def test_a_wrong_name_is_told_with_the_nearest():
+    message = message_of(method_class, "tradse")
+    assert message.startswith("method = tradse: must be one of advcl, anchor, ") and message.endswith("did you mean 'trades'?")
