@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +53,14 @@ SYNTHETIC_CLASSES, SYNTHETIC_TRAIN, SYNTHETIC_TEST = 10, 2000, 500
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, H, W, 3) and labels int64 (N,), on the CPU."""
+    """Images uint8 (N, H, W, 3) and labels int64 (N,), on the CPU.
+
+    origin: int64 (N,), the numbers that the images have in the split that they were taken out of; None where none was left out.
+    """
 
     images: Tensor
     labels: Tensor
+    origin: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,7 +83,9 @@ class Split:
 
     def take(self, chosen: np.ndarray) -> "Split":
         """Those images alone. chosen: int64 (n,)."""
-        return Split(self.images[chosen], self.labels[chosen])
+        chosen = torch.as_tensor(chosen)
+        origin = chosen if self.origin is None else self.origin[chosen]
+        return Split(self.images[chosen], self.labels[chosen], origin=origin)
 
     def subset(self, count: int) -> "Split":
         """At most `count` images, class-stratified, always the same ones."""
