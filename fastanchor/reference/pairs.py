@@ -94,8 +94,8 @@ def make_pairs(
 
     dtype = embeddings.dtype if own_keys else torch.promote_types(embeddings.dtype, ref_embeddings.dtype)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    z = _unit_rows(embeddings.to(dtype))
-    z_key = z if own_keys else _unit_rows(ref_embeddings.to(dtype))
+    z = unit_rows(embeddings.to(dtype))
+    z_key = z if own_keys else unit_rows(ref_embeddings.to(dtype))
     if detach_keys:
         z_key = z_key.detach()
     with torch.autocast(z.device.type, enabled=False):
@@ -131,7 +131,8 @@ def _selected(selection: str, same_class: Tensor, labels: Tensor, predictions: T
     return same_class | {"hard": taken_for, "soft": alike, "merge": taken_for | alike}[selection]
 
 
-def _unit_rows(u: Tensor) -> Tensor:
+def unit_rows(u: Tensor) -> Tensor:
+    """u / ||u|| of every row, (N, D); rows of no length are 0, without gradient."""
     norm = torch.linalg.vector_norm(u, dim=1, keepdim=True)
     zero = norm <= ZERO_NORM
     return (u / norm.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
