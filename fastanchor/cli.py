@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -302,7 +303,7 @@ def _report(arguments, _settings) -> int:
     from fastanchor.train.run import RunDir
 
     run = RunDir(arguments.model)
-    run.open()
+    run.open(judged=True)
     trained, images, device = _load(arguments)
     out = Path(arguments.out) if arguments.out else run.path / "report.html"
     limit = arguments.limit or trained.config.eval.report_images
@@ -338,11 +339,12 @@ def _compare(arguments, settings: list[str]) -> int:
     plan = load_plan(arguments.plan)
     out = Path(arguments.out or f"runs/{Path(arguments.plan).name.removesuffix('.yaml')}")
     try:
-        rows = run_plan(plan, out, Reporter(), settings)
+        summary = run_plan(plan, out, Reporter(), settings)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing is lost: the same command goes on where it stopped") from None
-    _print_comparison(plan.title, rows, out)
-    return 0
+        again = shlex.join(["fastanchor", "compare", arguments.plan, "--out", str(out), *settings])
+        raise KeyboardInterrupt(f"nothing is lost, the same command goes on where it stopped: {again}") from None
+    _print_comparison(summary, out)
+    return 1 if any(row["failed"] for row in summary["rows"]) else 0
 
 
 def _print_results(results: list[dict], title: str) -> None:
@@ -356,20 +358,19 @@ def _print_results(results: list[dict], title: str) -> None:
     _wide_console().print(table, highlight=False)
 
 
-def _print_comparison(title: str, rows: list[dict], out: Path) -> None:
-    """The table that ends `compare`."""
-    table = Table("run", "clean %", *(f"{name} %" for name in rows[0]["robust"]), "s/epoch", title=title, title_justify="left")
-    for row in rows:
-        cells = [_cell(row["clean"]), *(_cell(value) for value in row["robust"].values())]
-        table.add_row(row["name"], *cells, _cell(row["seconds_an_epoch"]))
+def _print_comparison(summary: dict, out: Path) -> None:
+    """The table that ends `compare`, what belongs to it, and where it all lies."""
+    from fastanchor.evaluate.compare_page import cells, headings, name_of, remarks
+
+    table = Table("run", *headings(summary, short=True), title=summary["title"], title_justify="left")
+    for row in summary["rows"]:
+        table.add_row(name_of(summary, row), *cells(summary, row))
     console = _wide_console()
-    console.print(f"\nreports: {out}/*/report.html; figures: {out}/compare.json; {rows[0]['count']} test images", highlight=False)
+    page = f"page: {out}/compare.html; " if (out / "compare.html").is_file() else ""
+    console.print(f"\n{page}reports: {out}/*/report.html; figures: {out}/compare.json; table to paste: {out}/compare.md")
     console.print(table, highlight=False)
-
-
-def _cell(value: dict) -> str:
-    spread = f" ± {value['std']:.2f}" if value["std"] is not None else ""
-    return f"{value['mean']:.2f}{spread}"
+    for line in (f"attacks: {'; '.join(summary['attacks'])}", *remarks(summary)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _wide_console() -> Console:

@@ -186,7 +186,7 @@ def _figure(size: tuple[float, float], name: str) -> Iterator[tuple[Axes, Callab
         def done() -> str:
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
-            return _inline(buffer.getvalue(), name)
+            return inline(buffer.getvalue(), name)
 
         yield figure.add_subplot(), done
 
@@ -223,7 +223,7 @@ def _short(text: str, most: int = 18) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _inline(svg: bytes, name: str) -> str:
+def inline(svg: bytes, name: str) -> str:
     """A matplotlib SVG made fit for a page: no namespaces, metadata or style sheet; ids of its own; colours as CSS variables."""
     root = ElementTree.fromstring(svg)
     variables = {colour: f"var(--{key})" for key, colour in LIGHT.items()}
