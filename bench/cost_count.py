@@ -19,8 +19,7 @@ from fastanchor.attacks.modes import attack_mode
 from fastanchor.config import Config
 from fastanchor.data import views as augmentation
 from fastanchor.errors import UserError
-from fastanchor.methods import Method, build_method
-from fastanchor.methods.base import Outputs
+from fastanchor.methods import Method, Outputs, Runner, build_method
 from fastanchor.models import build_model
 from fastanchor.models.folded import FoldedTwin
 from fastanchor.ops import images as operators
@@ -165,8 +164,9 @@ def count_step(
                 made["aug"] = augmentation.augment(rows, kind, generator, pad=pad, fused=gpu and kind in augmentation.CROPS)
                 if not config.channels_last:
                     made = {name: view.contiguous() for name, view in made.items()}
-            if "adv" in method.views:
-                made["adv"] = _attack(counter, config, method.attack(progress), method.attacked(network), made["aug"], labels)
+            for name, adversary in method.adversaries(network, progress).items():
+                images = made[method.made_from[name]]
+                made[name] = _attack(counter, config, adversary.attack, adversary.model, images, labels)
             _train(counter, config, method, network, {name: made[name] for name in method.views}, labels, progress)
             with counter.within("update: optimiser, average"):
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -238,8 +238,9 @@ def _train(
         kind = "gradient" if backward else "forward"
         return f"training: {kind} products" if product else "training: normalisation, elementwise"
 
-    with counter.within(name), _autocast(config):
-        out = method.outputs(model, views)
+    run = Runner(config, method, model, {}, {}, torch.device("cpu"))
+    with counter.within(name):
+        out = run.forward(views)
     leaves = Outputs(*({key: x.detach().requires_grad_() for key, x in of.items()} for of in (out.logits, out.embeddings)))
     with counter.within("losses"):
         torch.stack(list(method.loss(leaves, labels, progress).values())).sum().backward()

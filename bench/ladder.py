@@ -109,10 +109,11 @@ def step_rungs(width: int, images_u8: Tensor, labels: Tensor, steps: int, hsc: f
 
         def x_adv() -> Tensor:
             step.reset({"augment": 0, "attack": 1})
-            step.attack.start, start = cases.make_noise(views.to_float(images_u8)), step.attack.start
+            attack = step.attacks[0]
+            attack.start, start = cases.make_noise(views.to_float(images_u8)), attack.start
             # PGD-AT forwards x_adv alone, ANCHOR the augmented images too: "adv" is among the views of both.
-            made = step.make_views(images_u8, labels)["adv"]
-            step.attack.start = start
+            made = step.make_views(images_u8, labels)[0]["adv"]
+            attack.start = start
             return made
 
         return Rung(name, lambda: step(images_u8, labels, progress=0.0), x_adv)

@@ -37,7 +37,7 @@ from fastanchor.config import Config
 from fastanchor.errors import UserError
 from fastanchor.evaluate.autoattack import require_autoattack
 from fastanchor.pipeline import load_images
-from fastanchor.train.loop import check_device
+from fastanchor.train.checks import check_device
 
 KIND = "bench.speedrun"
 PART = "seeds"

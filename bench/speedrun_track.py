@@ -18,7 +18,7 @@ from fastanchor import settings
 from fastanchor.config import Config, DataConfig
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.evaluate.protocol import AttackSpec, parse_attack
-from fastanchor.train.loop import check_config
+from fastanchor.train.checks import check_config
 
 FOLDER = Path(__file__).parent / "speedruns"
 REQUIRED = ("name", "task", "data", "target", "seeds", "alpha", "device", "recipe")

@@ -68,7 +68,7 @@ def recognise(text: str) -> Clone:
         if len(fitting) > 1:
             raise UserError(f"--peer-path {text}: may be {' or '.join(fitting)}; say which, as in {fitting[0]}={rest}")
         name = fitting[0]
-    return Clone(name, folder.resolve(), _commit(folder))
+    return Clone(name, folder.resolve(), commit_of(folder))
 
 
 def recognise_all(texts: list[str]) -> dict[str, Clone]:
@@ -82,7 +82,7 @@ def recognise_all(texts: list[str]) -> dict[str, Clone]:
     return found
 
 
-def _commit(folder: Path) -> str | None:
+def commit_of(folder: Path) -> str | None:
     # A folder without .git may lie in somebody else's checkout, of which the commit says nothing.
     if not (folder / ".git").exists():
         return None
