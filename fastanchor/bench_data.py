@@ -28,16 +28,18 @@ from fastanchor.data.sources import ImageSet, Split
 from fastanchor.data.stream import FeedSpec, StreamFeed
 from fastanchor.data.views import Prepared, Rows
 from fastanchor.errors import UserError
-from fastanchor.methods import build_method
+from fastanchor.methods import build_method, method_class
 from fastanchor.ops import images as operators
 from fastanchor.pipeline import load_images
 from fastanchor.pipes import Candidate, Pairs, Pipe, costs, judge, memory_now, rates
 from fastanchor.settings import to_dict
-from fastanchor.train.loop import check_config, check_device, cudnn_benchmark
+from fastanchor.train.checks import check_config, check_device
+from fastanchor.train.loop import cudnn_benchmark
 from fastanchor.train.memory import check_narrow_convolutions, explain_out_of_memory
 from fastanchor.train.optim import WeightAverage, build_optimizer, set_learning_rate
 from fastanchor.train.run import model_from_config
-from fastanchor.train.step import TrainStep, data_views
+from fastanchor.train.stages import stage_method
+from fastanchor.train.step import TrainStep
 from fastanchor.train.throughput import step_cost
 
 SCHEMA, KIND = 1, "bench-data"
@@ -117,7 +119,7 @@ def measure(
 
 def view_names(config: Config, wanted: int | None) -> tuple[str, ...]:
     """The views that are drawn of every image: those that the method's step takes, and augmented ones up to `wanted`."""
-    taken = data_views(build_method(config))
+    taken = build_method(config).drawn
     if wanted is not None and not len(taken) <= wanted <= 2:
         raise UserError(f"--views = {wanted}: must be {len(taken)}{' or 2' if len(taken) == 1 else ''}, the recipe's step takes "
                         f"{len(taken)} ({', '.join(taken)})")  # fmt: skip
@@ -160,7 +162,7 @@ class _Run:
                             "images, since an incomplete last batch is dropped")  # fmt: skip
         self.split = images.train if images.extra is None else Mixed(images.train, images.extra)
         self.chosen, self.why = feeds.choose("auto", self.split, device)
-        self.spec = FeedSpec(names, config.data.augment, device, config.data.pad, config.data.workers, config.data.decoder)
+        self.spec = feeds.feed_spec(config.data, names, build_method(config).indexed, device)
         self.fused = config.data.augment in views.CROPS and operators.decide("augment", config.engine.kernels, device)[0]
         self.generator = torch.Generator(device).manual_seed(config.seed)
 
@@ -324,12 +326,12 @@ class _Run:
         model = _network(config, self.images.num_classes).to(self.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        method = build_method(config)
+        method = stage_method(config, 1, self.images, model, self.device)
         optimizer = build_optimizer(method.trainable(model), config.optim)
         # The weights stay: a training that diverges would be timed on other numbers than one that does not.
         set_learning_rate(optimizer, 0.0)
         average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-        more = self.names[len(data_views(method)) :]
+        more = self.names[len(method.drawn) :]
 
         def loaded(*batch: Tensor):
             given, labels = load(*batch)
@@ -359,14 +361,13 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         config = self.config
-        attack = build_method(config).attack(torch.zeros(()))
         width = config.model.width
         return {
             "source": self.images.name, "images": len(self.images.train), "image_size": list(self.images.image_shape),
             "kept": "encoded" if isinstance(self.streamed, Encoded) else "decoded", "batch_size": config.batch_size,
             "augment": config.data.augment, "views": list(self.names), "precision": config.precision,
             "step": f"{config.model.name}{'' if width is None else f' of width {width}'}, "
-                    + ("no attack" if attack is None else f"PGD-{attack.steps}"),
+                    + (f"PGD-{config.attack.steps}" if method_class(config.method).objectives else "no attack"),
         }  # fmt: skip
 
     def _as_json(self, row: Row, alone: dict[str, list[float]], fed: dict[str, list[float]]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Typed configuration of a training run: every setting with its type, default, allowed range and help text.
 
-Fractions such as `8/255` are numbers everywhere. How configurations are read is in `settings`.
+Fractions such as `8/255` are numbers everywhere. `loss` has the settings of the method, each method's own: those here are
+ANCHOR's. How configurations are read is in `settings`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -30,6 +31,15 @@ Number = Annotated[
         str_from_instance=lambda value: [f"{value:g}"],
     ),
 ]
+
+
+# What a value may be: (test, in words). Types and choices are checked by the parser.
+Allowed = tuple[Any, str]
+POSITIVE: Allowed = (lambda v: v > 0, "> 0")
+NOT_NEGATIVE: Allowed = (lambda v: v >= 0, ">= 0")
+AT_LEAST_ONE: Allowed = (lambda v: v >= 1, ">= 1")
+EACH_NOT_NEGATIVE: Allowed = (lambda v: all(x >= 0 for x in v), "a list, each >= 0")
+SHARE: Allowed = (lambda v: 0 <= v < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,8 @@ class DataConfig:
     augment: Literal["crop_flip", "crop", "resized_crop_flip", "simclr", "none"] = "crop_flip"
     """Training augmentation: zero-padded crop, with horizontal flip; resized_crop_flip: a crop of 8 to 100 % of the area,
     resized, and a flip, the custom for ImageNet; simclr: resized crop, flip, colour jitter, greyscale."""
+    weak: Literal["crop_flip", "crop", "none"] = "crop_flip"
+    """Augmentation of the view that a method with strong ones attacks, as AdvCL does."""
     pad: int = 4
     """Padding of the random crop in pixels."""
 
@@ -84,12 +96,16 @@ class ModelConfig:
     resnet50, with the ImageNet stem (7x7, stride 2, max-pool)."""
     width: int | None = None
     """Channels of the first stage (None: as published, 64 for the ResNets, 16 for the wide nets)."""
-    head: Literal["mlp", "linear", "identity"] = "mlp"
-    """Projection head of the contrastive loss; identity applies the loss to the backbone's features."""
+    head: Literal["mlp", "mlp_bn", "linear", "identity"] = "mlp"
+    """Projection head of the contrastive loss; mlp_bn has a BatchNorm before its ReLU; identity applies the loss to the
+    backbone's features."""
     head_hidden: int = 512
-    """Hidden units of the mlp head."""
+    """Hidden units of the mlp heads."""
     head_dim: int = 128
     """Dimensions of the embeddings (mlp and linear heads)."""
+    view_bn: Literal["mixed", "separate"] = "mixed"
+    """BatchNorm in the training forward of several views. mixed: all views are one batch | separate: one forward a view, each
+    of which moves the running statistics."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +116,16 @@ class AttackConfig:
     """Length of one step, same units."""
     steps: int = 10
     """Gradient steps."""
-    objective: Literal["ce", "ce+hsc", "hsc"] = "ce"
-    """What the training attack maximises."""
+    objective: Literal["ce", "cw", "kl", "ce+hsc", "hsc", "ce+contrastive", "contrastive", "ce+nuclear"] = "ce"
+    """What the training attack maximises; each method knows some of them."""
     bn: Literal["eval", "train", "train_frozen"] = "eval"
     """BatchNorm while attacking: running statistics | batch statistics, which move the running ones | batch statistics only."""
-    start: Literal["uniform", "gaussian", "zero"] = "uniform"
-    """Start noise: uniform in the ball | 0.001 * N(0, 1) | none."""
+    start: Literal["uniform", "bernoulli", "gaussian", "zero"] = "uniform"
+    """Start noise: uniform in the ball | a random sign a pixel, times the radius | 0.001 * N(0, 1) | none."""
+    start_radius: Number | None = None
+    """Radius of uniform and bernoulli start noise (None: eps)."""
+    project: bool = True
+    """Project on the ball after every step; without it on the pixels' range only, as N-FGSM does."""
     norm: Literal["linf", "l2"] = "linf"
     """Norm of the ball."""
     backend: Literal["auto", "reference", "eager", "compiled", "graphed"] = "auto"
@@ -115,6 +135,16 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    RANGES: ClassVar[dict[str, Allowed]] = {
+        "ce_adv": NOT_NEGATIVE,
+        "ce_clean": NOT_NEGATIVE,
+        "hsc": NOT_NEGATIVE,
+        "label_smoothing": SHARE,
+        "temperature": POSITIVE,
+        "beta_warmup_epochs": NOT_NEGATIVE,
+        "gamma": POSITIVE,
+        "k": AT_LEAST_ONE,
+    }
     ce_adv: Number = 1.0
     """Weight of the cross-entropy on adversarial images."""
     ce_clean: Number = 0.0
@@ -183,6 +213,11 @@ class OptimConfig:
     """Clip the gradient's total norm (None: off)."""
     ema_decay: Number = 0.0
     """Decay a step of the exponential moving average of weights; 0 is off. When on, the average is what is judged and saved."""
+    awp_gamma: Number = 0.0
+    """Adversarial weight perturbation (Wu et al. 2020): how far, relative to each weight's norm, weights move against the loss
+    before its gradient is taken; 0 is off."""
+    awp_start: Number = 0.0
+    """Epoch from which weights are perturbed."""
 
 
 @dataclass(frozen=True)
@@ -199,16 +234,23 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Stage2Config:
-    mode: Literal["none", "alf", "slf"] = "none"
-    """Linear classifier on the frozen backbone: none | alf (on adversarial images) | slf (on clean ones)."""
+    mode: Literal["none", "alf", "slf", "aff"] = "none"
+    """none | a new linear classifier on the frozen backbone, slf: on clean images, alf: on adversarial ones | aff: all weights,
+    on adversarial images."""
+    loss: Literal["ce", "trades"] = "ce"
+    """What aff minimises: cross-entropy on adversarial images | TRADES."""
+    beta: Number = 6.0
+    """Weight of the divergence in TRADES."""
     epochs: int = 25
     """Epochs of stage 2."""
     lr: Number = 0.01
     """Peak learning rate of stage 2."""
     milestones: tuple[Number, ...] = (15.0, 20.0)
-    """Epochs of the x0.1 decays."""
+    """Epochs of the decays."""
+    decay: Number = 0.1
+    """Factor of each decay."""
     weight_decay: Number = 2e-4
-    """L2 penalty of the classifier."""
+    """L2 penalty of what is trained."""
     batch_size: int = 512
     """Batch size of stage 2."""
 
@@ -221,6 +263,18 @@ class ValidationConfig:
     """Validate every this many epochs (the last epoch always)."""
     limit: int | None = None
     """At most this many validation images."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    images: int = 0
+    """Training images that are attacked after every epoch, to notice catastrophic overfitting; 0 is off."""
+    attack: str = "pgd10"
+    """Attack on them (see eval.attacks for the grammar)."""
+    drop: Number = 20.0
+    """Percentage points below its best that their robust accuracy may fall before it counts as collapsed."""
+    stop: bool = False
+    """End the stage there, instead of warning only; the best epoch so far is kept."""
 
 
 @dataclass(frozen=True)
@@ -238,8 +292,9 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    method: Literal["anchor", "standard"] = "anchor"
-    """anchor: adversarial training with the contrastive loss (loss.hsc 0 is PGD-AT); standard: undefended training."""
+    method: str = "anchor"
+    """advcl | anchor | ascl | clead_code | clead_joint | mart | nuat | pgd_at | standard (undefended training) | supcon |
+    suprobcon | trades, or the path of a .py file with a method of your own. `loss` has the settings of this one."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
@@ -248,6 +303,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     val: ValidationConfig = field(default_factory=ValidationConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     epochs: int = 110
     """Epochs of stage 1."""
@@ -266,60 +322,54 @@ class Config:
     """Also write TensorBoard events into the run (needs the extra `tensorboard`)."""
 
 
-# Allowed ranges: dotted key -> (test, what is allowed). Types and choices are checked by the parser.
-_positive = (lambda v: v > 0, "> 0")
-_not_negative = (lambda v: v >= 0, ">= 0")
-_at_least_one = (lambda v: v >= 1, ">= 1")
-_each_not_negative = (lambda v: all(x >= 0 for x in v), "a list, each >= 0")
-_share = (lambda v: 0 <= v < 1, "in [0, 1)")
-RANGES: dict[str, tuple[Any, str]] = {
-    "data.limit": _at_least_one,
+# Allowed values by dotted key; those of `loss` are in the method's own RANGES.
+RANGES: dict[str, Allowed] = {
+    "data.limit": AT_LEAST_ONE,
     "data.val_fraction": (lambda v: 0 < v <= 0.5, "in (0, 0.5]"),
-    "data.split_seed": _not_negative,
+    "data.split_seed": NOT_NEGATIVE,
     "data.image_size": (lambda v: 8 <= v <= 4096, "in [8, 4096]"),
-    "data.pad": _not_negative,
+    "data.pad": NOT_NEGATIVE,
     "data.workers": (lambda v: 0 <= v <= 256, "in [0, 256]"),
-    "data.per_class": _at_least_one,
+    "data.per_class": AT_LEAST_ONE,
     "data.extra_share": (lambda v: 0 < v < 1, "in (0, 1)"),
-    "model.width": _at_least_one,
-    "model.head_hidden": _at_least_one,
-    "model.head_dim": _at_least_one,
-    "attack.eps": _not_negative,
-    "attack.step_size": _positive,
-    "attack.steps": _at_least_one,
-    "loss.ce_adv": _not_negative,
-    "loss.ce_clean": _not_negative,
-    "loss.hsc": _not_negative,
-    "loss.label_smoothing": _share,
-    "loss.temperature": _positive,
-    "loss.beta_warmup_epochs": _not_negative,
-    "loss.gamma": _positive,
-    "loss.k": _at_least_one,
-    "optim.lr": _positive,
-    "optim.momentum": _share,
-    "optim.beta1": _share,
-    "optim.beta2": _share,
-    "optim.eps": _positive,
-    "optim.trust_coefficient": _positive,
-    "optim.weight_decay": _not_negative,
-    "optim.milestones": _each_not_negative,
-    "optim.decay": _positive,
+    "model.width": AT_LEAST_ONE,
+    "model.head_hidden": AT_LEAST_ONE,
+    "model.head_dim": AT_LEAST_ONE,
+    "attack.eps": NOT_NEGATIVE,
+    "attack.step_size": POSITIVE,
+    "attack.steps": AT_LEAST_ONE,
+    "attack.start_radius": NOT_NEGATIVE,
+    "optim.lr": POSITIVE,
+    "optim.momentum": SHARE,
+    "optim.beta1": SHARE,
+    "optim.beta2": SHARE,
+    "optim.eps": POSITIVE,
+    "optim.trust_coefficient": POSITIVE,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.milestones": EACH_NOT_NEGATIVE,
+    "optim.decay": POSITIVE,
     "optim.peak": (lambda v: 0 < v < 1, "in (0, 1)"),
-    "optim.warmup_epochs": _not_negative,
-    "optim.clip_grad_norm": _positive,
-    "optim.ema_decay": _share,
-    "stage2.epochs": _at_least_one,
-    "stage2.lr": _positive,
-    "stage2.milestones": _each_not_negative,
-    "stage2.weight_decay": _not_negative,
-    "stage2.batch_size": _at_least_one,
-    "val.every": _at_least_one,
-    "val.limit": _at_least_one,
+    "optim.warmup_epochs": NOT_NEGATIVE,
+    "optim.clip_grad_norm": POSITIVE,
+    "optim.ema_decay": SHARE,
+    "optim.awp_gamma": NOT_NEGATIVE,
+    "optim.awp_start": NOT_NEGATIVE,
+    "stage2.beta": NOT_NEGATIVE,
+    "stage2.decay": POSITIVE,
+    "stage2.epochs": AT_LEAST_ONE,
+    "stage2.lr": POSITIVE,
+    "stage2.milestones": EACH_NOT_NEGATIVE,
+    "stage2.weight_decay": NOT_NEGATIVE,
+    "stage2.batch_size": AT_LEAST_ONE,
+    "val.every": AT_LEAST_ONE,
+    "val.limit": AT_LEAST_ONE,
+    "watch.images": NOT_NEGATIVE,
+    "watch.drop": POSITIVE,
     "eval.attacks": (lambda v: len(v) > 0, "a list of at least one attack"),
-    "eval.batch_size": _at_least_one,
-    "eval.limit": _at_least_one,
-    "eval.report_images": _at_least_one,
-    "epochs": _at_least_one,
-    "batch_size": _at_least_one,
-    "seed": _not_negative,
+    "eval.batch_size": AT_LEAST_ONE,
+    "eval.limit": AT_LEAST_ONE,
+    "eval.report_images": AT_LEAST_ONE,
+    "epochs": AT_LEAST_ONE,
+    "batch_size": AT_LEAST_ONE,
+    "seed": NOT_NEGATIVE,
 }

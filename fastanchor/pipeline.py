@@ -19,7 +19,8 @@ from fastanchor.evaluate.autoattack import require_autoattack
 from fastanchor.evaluate.protocol import AttackSpec, parse_attack
 from fastanchor.evaluate.report import build_report
 from fastanchor.evaluate.results import evaluate, load_result
-from fastanchor.train.loop import check_config, train
+from fastanchor.train.checks import check_config
+from fastanchor.train.loop import train
 from fastanchor.train.progress import Reporter
 from fastanchor.train.run import RunDir, Trained, load_trained
 

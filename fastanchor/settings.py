@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import types
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,20 +19,50 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 import yaml
 
-from fastanchor.config import RANGES, Config
+from fastanchor.config import RANGES, Allowed, Config, LossConfig
 from fastanchor.errors import UserError, did_you_mean
+from fastanchor.methods import is_file, method_class
+from fastanchor.methods.base import NoSettings
 from fastanchor.precision import NO_FP16
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key of the configuration with its type, in order of declaration."""
     found = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
+    hints = get_type_hints(cls, include_extras=True)
+    for name, hint in ((entry.name, hints[entry.name]) for entry in dataclasses.fields(cls)):
         if dataclasses.is_dataclass(hint):
             found |= keys(hint, f"{prefix}{name}.")
         else:
             found[prefix + name] = hint
     return found
+
+
+@functools.cache
+def config_class(settings: type) -> type[Config]:
+    """The configuration of a method whose `loss` are these settings."""
+    if settings is LossConfig:
+        return Config
+    loss = ("loss", settings, dataclasses.field(default_factory=settings))
+    return dataclasses.make_dataclass(f"Config_{settings.__name__}", [loss], bases=(Config,), frozen=True)
+
+
+def with_method(config: Config, name: str, *, judged: bool = False) -> Config:
+    """The configuration with another method, whose own settings have their defaults. Raises UserError.
+
+    judged: a trained model is to be judged only: a method in a file is not loaded, and its settings are left out.
+    """
+    settings = NoSettings if judged and is_file(name) else method_class(name).Settings
+    cls = config_class(settings)
+    if cls is type(config):
+        return dataclasses.replace(config, method=name)
+    values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    return cls(**values | {"method": name, "loss": settings()})
+
+
+def ranges(config: Config) -> dict[str, Allowed]:
+    """Allowed values by dotted key, those of the method's own settings too."""
+    return RANGES | {f"loss.{name}": allowed for name, allowed in getattr(config.loss, "RANGES", {}).items()}
 
 
 def get(config: Config, key: str) -> Any:
@@ -57,11 +89,27 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
 
 
-def from_dict(values: dict[str, Any], where: str, base: Config | None = None) -> Config:
-    """A Config from nested plain values; `where` (a file's name, say) opens every error message."""
+def from_dict(values: dict[str, Any], where: str, base: Config | None = None, *, judged: bool = False) -> Config:
+    """A Config from nested plain values; `where` (a file's name, say) opens every error message. judged: as in `with_method`."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: a recipe is a mapping of settings, found {type(values).__name__}")
-    return parse_flags(_flatten(values, where), base or Config(), where=where)
+    base = base or Config()
+    if isinstance(values.get("method"), str):
+        name = values["method"]
+        with prefixed(where):
+            base = base if name == base.method else with_method(base, name, judged=judged)
+        left_out = ("method", "loss") if judged and is_file(name) else ("method",)
+        values = {key: value for key, value in values.items() if key not in left_out}
+    return parse_flags(_flatten(values, where, keys(type(base))), base, where=where)
+
+
+@contextlib.contextmanager
+def prefixed(where: str) -> Iterator[None]:
+    """Begin the sentences of bad input with where it stands."""
+    try:
+        yield
+    except UserError as error:
+        raise (UserError(f"{where}: {error}") if where else error) from error
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -81,9 +129,9 @@ def read_yaml(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid YAML: {error}") from None
 
 
-def load_file(path: str | Path) -> Config:
-    """Read a recipe or a run's config.yaml. Raises UserError."""
-    return from_dict(read_yaml(path), str(path))
+def load_file(path: str | Path, *, judged: bool = False) -> Config:
+    """Read a recipe or a run's config.yaml; judged: as in `with_method`. Raises UserError."""
+    return from_dict(read_yaml(path), str(path), judged=judged)
 
 
 def recipe_names() -> list[str]:
@@ -108,7 +156,6 @@ def load_recipe(name: str) -> Config:
 
 def parse_flags(args: list[str], base: Config, *, where: str = "") -> Config:
     """`base` with dotted flags (`--attack.eps 8/255`) on top. Raises UserError; SystemExit(0) after printing help."""
-    known = keys()
     prefix = f"{where}: " if where else ""
     given: dict[str, list[str]] = {}
     for arg in args:
@@ -121,12 +168,18 @@ def parse_flags(args: list[str], base: Config, *, where: str = "") -> Config:
             given[next(reversed(given))].append(arg)
         else:
             raise UserError(f"{prefix}{arg!r} is not a flag; settings are written --key value")
+    if len(given.get("method", [])) == 1 and given["method"][0] != base.method:
+        with prefixed(where):
+            base = with_method(base, given["method"][0])
+    known = keys(type(base))
     for key, values in given.items():
         negated = _without_no(key)
         hint = known.get(key, bool if known.get(negated) is bool else None)
         # Help is asked for by flag alone: in a recipe it would end the program as if all were well.
         if hint is None and (key != "help" or where):
-            raise UserError(f"{prefix}unknown setting {' = '.join([key, *values[:1]])}{did_you_mean(key, known)}")
+            own = [name for name in known if name.startswith("loss.")] if key.startswith("loss.") else []
+            hint = f"; the method {base.method} has {', '.join(own)}" if own else did_you_mean(key, known)
+            raise UserError(f"{prefix}unknown setting {' = '.join([key, *values[:1]])}{hint}")
         if hint is bool and values:
             raise UserError(
                 f"{prefix}{key} = {' '.join(values)}: takes no value; write --{key.replace('_', '-')} or its no- form"
@@ -136,7 +189,7 @@ def parse_flags(args: list[str], base: Config, *, where: str = "") -> Config:
     errors, output = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
-            config = tyro.cli(Config, args=args, default=base, prog="fastanchor train RECIPE")
+            config = tyro.cli(type(base), args=args, default=base, prog="fastanchor train RECIPE")
     except SystemExit as stop:
         if not stop.code:
             print(output.getvalue(), end="")
@@ -147,14 +200,15 @@ def parse_flags(args: list[str], base: Config, *, where: str = "") -> Config:
 
 
 def _check_ranges(config: Config, prefix: str) -> None:
-    for key in keys():
+    allowed = ranges(config)
+    for key in keys(type(config)):
         value = get(config, key)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{prefix}{key} = {number}: must be a finite number")
-        if value is not None and key in RANGES and not RANGES[key][0](value):
+        if value is not None and key in allowed and not allowed[key][0](value):
             shown = f"{value:g}" if isinstance(value, float) else value
-            raise UserError(f"{prefix}{key} = {shown}: must be {RANGES[key][1]}")
+            raise UserError(f"{prefix}{key} = {shown}: must be {allowed[key][1]}")
 
 
 def _explain(text: str, given: dict[str, list[str]], known: dict[str, Any]) -> str:
@@ -187,10 +241,9 @@ def _without_no(key: str) -> str:
     return ".".join(filter(None, (head, tail.removeprefix("no_"))))
 
 
-def _flatten(values: dict[str, Any], where: str, prefix: str = "") -> list[str]:
+def _flatten(values: dict[str, Any], where: str, known: dict[str, Any], prefix: str = "") -> list[str]:
     """Nested settings as the flags that would set them."""
     flags: list[str] = []
-    known = keys()
     for name, value in values.items():
         key = f"{prefix}{name}"
         flag = f"--{key.replace('_', '-')}"
@@ -199,7 +252,7 @@ def _flatten(values: dict[str, Any], where: str, prefix: str = "") -> list[str]:
                 raise UserError(
                     f"{where}: {key} is not a group of settings{did_you_mean(key, {k.split('.')[0] for k in known if '.' in k})}"
                 )
-            flags += _flatten(value, where, f"{key}.")
+            flags += _flatten(value, where, known, f"{key}.")
         elif known.get(key) is bool:
             if not isinstance(value, bool):
                 raise UserError(f"{where}: {key} = {value}: must be true or false")

@@ -40,7 +40,7 @@ def tiny_model():
 def tiny_run(tmp_path_factory):
     """A run folder with an untrained width-4 model of the digits as its best checkpoint; to be read only."""
     torch.manual_seed(0)
-    config = Config(method="standard", epochs=1)
+    config = settings.with_method(Config(epochs=1), "standard")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=4, head="identity"))
     run = RunDir(tmp_path_factory.mktemp("runs") / "tiny")
     run.create(config, torch.device("cpu"))

@@ -10,7 +10,7 @@ from test_step_graphed import assert_same, make_step, run
 from fastanchor import graphs
 from fastanchor.errors import UserError
 from fastanchor.methods import build_method
-from fastanchor.methods.anchor import LinearStage
+from fastanchor.methods.finetune import LinearStage
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,9 @@ def test_the_switch_decides_the_backend(kernels, backend):
     loss = method.contrastive(torch.zeros(()))
     assert (loss.backend, loss.options["precision"]) == (backend, "ieee")
     stage2 = LinearStage(make_config("--engine.kernels", kernels, "--stage2.mode", "alf"))
-    assert method.attack(torch.zeros(())).kernels == stage2.attack(torch.zeros(())).kernels == kernels
+    for each in (method, stage2):
+        (adversary,) = each.adversaries(torch.nn.Identity(), torch.zeros(())).values()
+        assert adversary.attack.kernels == kernels
 
 
 def test_a_warm_up_beyond_what_the_kernels_hold_is_torch_or_an_error():

@@ -290,7 +290,7 @@ def make_step(kernels, graph, *flags, load=SPLIT.rows):
     model = make_model()
     method = build_method(config, 1)
     step = TrainStep(config, method, model, build_optimizer(method.trainable(model), config.optim), None, CPU, load)
-    step.attack.kernels = kernels
+    step.attacks[0].kernels = kernels
     step.reset(SEEDS)
     return step
 
@@ -355,7 +355,7 @@ def test_all_views_of_a_step_are_the_same(interpreted):
     flags = ["--loss.views", "clean+aug+adv", "--loss.hsc", "0.5", "--loss.ce-clean", "1", "--attack.eps", "0"]
     for more in ([], ["--no-channels-last"]):
         made = [
-            step.make_views(*step.load(torch.arange(6)))
+            step.make_views(*step.load(torch.arange(6)))[0]
             for step in (make_step("on", "off", *flags, *more), make_step("off", "off", *flags, *more, load=SPLIT.take))
         ]
         assert list(made[0]) == list(made[1]) == ["clean", "aug", "adv"]

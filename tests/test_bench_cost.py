@@ -126,7 +126,7 @@ def test_the_count_is_that_of_the_real_step(method, precision):
     assert found[1] == pytest.approx(expected[1], rel=2e-4)
     view = torch.rand(8, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     assert totals(step(method, precision=precision, gpu=False), "attack", "folding") == counted(
-        lambda: real.attack(real.model, view, labels)
+        lambda: real.attacks[0](real.model, view, labels)
     )
 
 

@@ -241,7 +241,7 @@ def test_a_view_alone_is_the_view_that_the_step_makes(augment, name):
     step = run._step(feed.load)
     step.generators["augment"].manual_seed(3)
     run.generator.manual_seed(3)
-    expected = step.make_views(*feed.load(*batch))
+    expected = step.make_views(*feed.load(*batch))[0]
     assert torch.equal(run._view(feed.load(*batch)[0], name, run.generator), expected[name])
 
 

@@ -79,7 +79,7 @@ def test_bad_command_lines(refused, argv, message):
 
 def test_unknown_recipe(refused):
     message = refused("train", "ancor")
-    assert message.startswith("recipe 'ancor' is not known; did you mean 'anchor'?; recipes: anchor_resnet18_cifar10, ")
+    assert message.startswith("recipe 'ancor' is not known; did you mean 'anchor'?; recipes: advcl_resnet18_cifar10, ")
     assert refused("train", "--help", "ancor") == message
 
 
@@ -272,7 +272,10 @@ def test_plans_of_wrong_types(refused, tmp_path, plan):
 
 
 def test_unknown_plan_and_recipe_in_a_plan(refused, tmp_path):
-    assert refused("compare", "dema") == "plan 'dema' is not known; did you mean 'demo'?; plans: demo, or a .yaml file"
+    assert (
+        refused("compare", "dema")
+        == "plan 'dema' is not known; did you mean 'demo'?; plans: cifar10_methods, demo, digits_methods, or a .yaml file"
+    )
     path = tmp_path / "plan.yaml"
     path.write_text("runs: [{name: a, recipe: standart}]")
     assert refused("compare", path).startswith("recipe 'standart' is not known; did you mean 'standard'?")
@@ -304,7 +307,7 @@ def test_help_of_train_and_compare(capsys):
     out = capsys.readouterr().out
     assert "fastanchor train RECIPE" in out and "anchor_resnet18_cifar10" in out
     assert main(["compare", "--help"]) == 0
-    assert "Plans: demo" in " ".join(capsys.readouterr().out.split())
+    assert "Plans: cifar10_methods, demo, digits_methods" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit) as stop:
         main(["train", "anchor", "--help"])
     out = capsys.readouterr().out

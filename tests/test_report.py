@@ -27,7 +27,7 @@ from fastanchor.evaluate.page import clean_text, image
 from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.evaluate.report import build_report
 from fastanchor.evaluate.results import evaluate
-from fastanchor.settings import to_dict
+from fastanchor.settings import to_dict, with_method
 from fastanchor.train import checkpoint
 from fastanchor.train.run import RunDir, load_trained, model_from_config
 
@@ -81,7 +81,7 @@ def images():
 
 
 def config_for(method="anchor", head="mlp", stage2="none"):
-    config = Config(method=method, device="cpu", epochs=4)
+    config = with_method(Config(device="cpu", epochs=4), method)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, source="synthetic"),

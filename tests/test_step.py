@@ -23,8 +23,9 @@ CPU = torch.device("cpu")
 
 
 def make_config(*flags):
-    base = "--attack.steps 2 --attack.eps 0.1 --attack.step-size 0.05 --loss.beta-warmup-epochs 0 --optim.lr 0.05".split()
-    return parse_flags([*base, *flags], Config())
+    base = "--attack.steps 2 --attack.eps 0.1 --attack.step-size 0.05 --optim.lr 0.05".split()
+    warmup = [] if "standard" in flags else ["--loss.beta-warmup-epochs", "0"]
+    return parse_flags([*base, *warmup, *flags], Config())
 
 
 def make_step(config, model, stage=1):
@@ -121,7 +122,7 @@ def test_views_follow_from_the_terms(batch, flags, views_):
     model = make_model()
     step = make_step(make_config(*flags), model)
     assert step.method.views == views_
-    made = step.make_views(images, labels)
+    made = step.make_views(images, labels)[0]
     assert tuple(made) == views_
     for view in made.values():
         assert view.shape == (12, 3, 16, 16) and view.dtype == torch.float32 and 0 <= view.min() and view.max() <= 1
@@ -137,7 +138,7 @@ def test_attack_objectives_raise_what_they_maximise(batch, objective):
     images, labels = batch
     model = make_model()
     step = make_step(make_config("--attack.objective", objective, "--attack.steps", "10", "--attack.step-size", "0.02"), model)
-    made = step.make_views(images, labels)
+    made = step.make_views(images, labels)[0]
 
     def value(adv):
         with torch.no_grad():
@@ -156,7 +157,7 @@ def test_joint_attack_is_the_reference_attack_on_the_written_out_objective(batch
     images, labels = batch
     model = make_model()
     step = make_step(make_config("--attack.objective", kind, "--no-channels-last"), model)
-    made = step.make_views(images, labels)
+    made = step.make_views(images, labels)[0]
     model.eval()
     with torch.no_grad():
         fixed = model(made["aug"], embed=True)[1]
@@ -178,9 +179,10 @@ def test_label_smoothing_is_in_the_training_terms_and_not_in_the_attack(batch):
     smooth, plain = (
         make_step(make_config("--loss.label-smoothing", s, "--loss.ce-clean", "0.5"), make_model()) for s in ("0.3", "0")
     )
-    made = [step.make_views(images, labels) for step in (smooth, plain)]
+    made = [step.make_views(images, labels)[0] for step in (smooth, plain)]
     assert torch.equal(made[0]["adv"], made[1]["adv"])
-    out = smooth.method.outputs(smooth.model.eval(), made[0])
+    smooth.model.eval()
+    out = smooth.run.forward(made[0])
     terms = smooth.method.loss(out, labels, torch.tensor(1.0))
     for name, view, weight in (("ce_adv", "adv", 1.0), ("ce_clean", "aug", 0.5)):
         log_p = out.logits[view].log_softmax(1)
@@ -271,8 +273,8 @@ def test_stage_2_attacks_the_frozen_network_whatever_stage_1_did(batch):
     for bn in ("train", "train_frozen"):
         model = make_model()
         before = copy.deepcopy(model.state_dict())
-        made = make_step(make_config("--stage2.mode", "alf", "--attack.bn", bn), model, stage=2).make_views(images, labels)
-        expected = make_step(make_config("--stage2.mode", "alf"), make_model(), stage=2).make_views(images, labels)
+        made = make_step(make_config("--stage2.mode", "alf", "--attack.bn", bn), model, stage=2).make_views(images, labels)[0]
+        expected = make_step(make_config("--stage2.mode", "alf"), make_model(), stage=2).make_views(images, labels)[0]
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert torch.equal(made["adv"], expected["adv"])
 
@@ -325,7 +327,7 @@ def test_compiled_step_is_the_eager_step_and_compiles_once(batch, monkeypatch, f
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="aot_eager", **options))
     torch._dynamo.reset()
     compiled, eager = (make_step(make_config(*flags, *more), make_model()) for more in (["--engine.compile"], []))
-    assert compiled.attack.backend == "compiled"
+    assert compiled.attacks[0].backend == "compiled"
     counters.clear()
     counted = []
     for i in range(3):

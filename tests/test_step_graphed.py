@@ -162,4 +162,4 @@ def test_the_trials_after_an_out_of_memory_run_without_the_graph():
 
 def test_a_captured_attack_is_a_part_of_the_step():
     step = make_step("--engine.graph", "on", "--attack.backend", "graphed")
-    assert step.attack.backend == "eager"
+    assert step.attacks[0].backend == "eager"

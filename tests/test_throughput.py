@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from fastanchor.attacks import PGD
 from fastanchor.ceilings import matmul_rate
 from fastanchor.config import Config
 from fastanchor.evaluate.learning import SPEED_KEYS
-from fastanchor.methods import Method, build_method
+from fastanchor.methods import Adversary, Method, Runner, build_method
 from fastanchor.models import build_model
+from fastanchor.settings import with_method
 from fastanchor.train import throughput
 from fastanchor.train.run import RunDir
 from fastanchor.train.throughput import StepCost, Throughput, step_cost
@@ -24,7 +26,7 @@ SIZE = (16, 24)  # an image folder's pictures need not be square
 
 
 def config_for(method="anchor", steps=3, stage2="none", objective="ce", **loss):
-    config = Config(method=method)
+    config = with_method(Config(), method)
     return dataclasses.replace(
         config,
         attack=dataclasses.replace(config.attack, steps=steps, objective=objective, backend="reference"),
@@ -76,16 +78,17 @@ def test_cost_is_that_of_the_real_attack_and_backward(config, stage):
     cost = step_cost(method, model, SIZE)
     assert cost.total == cost.attack + cost.training
 
-    attack = method.attack(torch.zeros(()))
-    assert (attack is not None) == ("adv" in method.views)
-    made = counted(lambda: attack(method.attacked(model), images, labels)) if attack else 0
+    adversaries = method.adversaries(model, torch.zeros(()))
+    assert set(adversaries) == {"adv"} & set(method.views)
+    made = sum(counted(functools.partial(found.attack, found.model, images, labels)) for found in adversaries.values())
     # The joint objective's own products are not the model's: 4 embeddings of 8 dimensions.
     assert batch * cost.attack == pytest.approx(made, rel=1e-3 if method.embeds else 0)
 
     method.train_mode(model)
+    run = Runner(config, method, model, adversaries, {}, torch.device("cpu"))
 
     def train():
-        out = method.outputs(model, dict.fromkeys(method.views, images))
+        out = run.forward(dict.fromkeys(method.views, images))
         sum(value.sum() for part in (out.logits, out.embeddings) for value in part.values()).backward()
 
     features = model.classifier.in_features
@@ -97,14 +100,14 @@ def test_cost_is_that_of_the_real_attack_and_backward(config, stage):
 class Restarts(Method):
     """An adversary of several restarts, which judges each of them, and looks at the clean images once."""
 
-    def attack(self, progress):
-        return PGD(steps=2, restarts=3, objective="kl", backend="reference", check_inputs=False)
+    def adversaries(self, model, progress):
+        return {"adv": Adversary(PGD(steps=2, restarts=3, objective="kl", backend="reference", check_inputs=False), model)}
 
 
 def test_cost_of_restarts():
-    model, method = network(), Restarts()
+    model, method = network(), Restarts(Config())
     images, labels = torch.rand(2, 3, *SIZE), torch.tensor([1, 2])
-    made = counted(lambda: method.attack(torch.zeros(()))(model, images, labels))
+    made = counted(lambda: method.adversaries(model, torch.zeros(()))["adv"].attack(model, images, labels))
     assert 2 * step_cost(method, model, SIZE).attack == made
 
 

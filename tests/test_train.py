@@ -330,9 +330,9 @@ def test_every_epoch_draws_its_own_order_and_noise(images, tmp_path, monkeypatch
     real = TrainStep.make_views
 
     def watch(self, images_u8, labels):
-        made = real(self, images_u8, labels)
+        made, early = real(self, images_u8, labels)
         seen.append((labels.tolist(), (made["adv"] - made["aug"]).sum().item()))
-        return made
+        return made, early
 
     monkeypatch.setattr(TrainStep, "make_views", watch)
     train(config_of("--epochs", "3"), images, RunDir(tmp_path / "run"))

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastanchor.config import DataConfig
 from fastanchor.data.dali import DaliFeed, find_dali
 from fastanchor.data.encoded import Encoded
 from fastanchor.data.extra import Mixed
@@ -47,6 +48,11 @@ class Feed(Protocol):
 
     def close(self) -> None:
         """End what works in the background; the feed is of no use after it."""
+
+
+def feed_spec(data: DataConfig, names: tuple[str, ...], indexed: bool, device: torch.device) -> FeedSpec:
+    """What a feed is to give by these settings."""
+    return FeedSpec(names, data.augment, device, data.pad, data.workers, data.decoder, weak=data.weak, indexed=indexed)
 
 
 def open_feed(backend: str, split: Split | Mixed | Encoded, spec: FeedSpec) -> Feed:

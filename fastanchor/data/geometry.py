@@ -15,7 +15,13 @@ from torch import Tensor
 from fastanchor.data import simclr
 from fastanchor.data.views import RESIZED_SCALE, Colours, draw_crop_flip
 
-CLEAN = "clean"
+# Names of views: the image as evaluation sees it, and one drawn by an augmentation of its own; others are drawn as `augment`.
+CLEAN, WEAK = "clean", "weak"
+
+
+def kind_of(name: str, augment: str, weak: str) -> str:
+    """How the view of this name is drawn: "clean", or one of AUGMENTATIONS."""
+    return {CLEAN: CLEAN, WEAK: weak}.get(name, augment)
 
 
 class Place(NamedTuple):
@@ -69,13 +75,13 @@ def draw_view(kind: str, sizes: Tensor, generator: torch.Generator, *, pad: int,
 
 
 def jobs(
-    sizes: Tensor, order: Tensor, batch_size: int, names: tuple[str, ...], kind: str, seed: int, *,
-    pad: int, resized: bool, start: int = 0, rank: int = 0, world: int = 1,
+    sizes: Tensor, order: Tensor, batch_size: int, names: tuple[str, ...], augment: str, seed: int, *,
+    pad: int, resized: bool, weak: str = "crop_flip", start: int = 0, rank: int = 0, world: int = 1,
 ) -> Iterator[Job]:  # fmt: skip
     """The batches of an epoch from number `start` on.
 
     sizes: int64 (2, N) of all stored images. order: int64 (M,), the epoch's indices; batch i is the i-th piece of batch_size of
-    them, and an incomplete last one is given too. names: the views, "clean" or any other name for one drawn as `kind`.
+    them, and an incomplete last one is given too. names: the views, drawn as `kind_of` says.
     rank, world: the share of every batch that this process makes; the draws of a batch do not depend on them.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -83,9 +89,7 @@ def jobs(
         indices = order[begin : begin + batch_size]
         of_batch = sizes[:, indices]
         # Also for batches before `start`: the stream of random numbers has to pass them.
-        views = tuple(
-            draw_view(CLEAN if name == CLEAN else kind, of_batch, generator, pad=pad, resized=resized) for name in names
-        )
+        views = tuple(draw_view(kind_of(name, augment, weak), of_batch, generator, pad=pad, resized=resized) for name in names)
         if number >= start:
             yield _share(Job(indices, views), rank, world)
 

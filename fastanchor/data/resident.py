@@ -95,7 +95,8 @@ class ResidentFeed:
 
     def load(self, indices: Tensor) -> tuple[Rows, Tensor]:
         """The rows of the store, left where they are, and their labels."""
-        return self.data.rows(indices)
+        rows, labels = self.data.rows(indices)
+        return rows, torch.stack([labels, indices], 1) if self.spec.indexed else labels
 
     def close(self) -> None:
         """Nothing works in the background."""

@@ -19,8 +19,9 @@ from fastanchor.data.views import AUGMENTATIONS, Colours, Prepared
 class FeedSpec:
     """What a feed is to give.
 
-    names: the views of a batch, each "clean" (the image as evaluation sees it) or any other name for one drawn as `augment`;
-    one to three of them. augment: one of AUGMENTATIONS. pad: of the crop, in pixels. workers: processes or threads that decode
+    names: the views of a batch: "clean" (the image as evaluation sees it), "weak" (drawn as `weak`), or any other name for one
+    drawn as `augment`; one to three of them. augment, weak: of AUGMENTATIONS. indexed: labels are (B, 2), the class and the
+    index of the image. pad: of the crop, in pixels. workers: processes or threads that decode
     (None: one a core, at most 16). decoder: of DALI, "auto", "cpu" or "mixed". rank, world: this process's share of every batch.
     """
 
@@ -32,6 +33,8 @@ class FeedSpec:
     decoder: str = "auto"
     rank: int = 0
     world: int = 1
+    weak: str = "crop_flip"
+    indexed: bool = False
 
     def __post_init__(self):
         if self.augment not in AUGMENTATIONS or not 1 <= len(self.names) <= 3:
@@ -60,10 +63,11 @@ class StreamFeed:
         spec = self.spec
         planned = geometry.jobs(
             self.sizes, order, batch_size, spec.names, spec.augment, seed,
-            pad=spec.pad, resized=self.resized, start=start, rank=spec.rank, world=spec.world,
+            pad=spec.pad, resized=self.resized, weak=spec.weak, start=start, rank=spec.rank, world=spec.world,
         )  # fmt: skip
         for job, images in self._make(planned):
-            labels = self._to_device(self.split.labels.index_select(0, job.indices))
+            labels = self.split.labels.index_select(0, job.indices)
+            labels = self._to_device(torch.stack([labels, job.indices], 1) if spec.indexed else labels)
             colours = [self._to_device(_turned(part)) for view in job.views if view.colours is not None for part in view.colours]
             yield labels, *images, *colours
 
@@ -71,7 +75,7 @@ class StreamFeed:
         """The views and labels of a batch, for `TrainStep`: nothing but names for what `epoch` gave."""
         names = self.spec.names
         labels, images, rest = batch[0], batch[1 : 1 + len(names)], iter(batch[1 + len(names) :])
-        coloured = [name for name in names if name != geometry.CLEAN] if self.spec.augment == "simclr" else []
+        coloured = [name for name in names if geometry.kind_of(name, self.spec.augment, self.spec.weak) == "simclr"]
         colours = {name: Colours(*(_turned(next(rest)) for _ in Colours._fields)) for name in coloured}
         return Prepared(dict(zip(names, images, strict=True)), colours), labels
 

@@ -5,6 +5,7 @@ And the training's speed, as a table.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -13,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 from fastanchor.config import Config
 from fastanchor.data.sources import ImageSet
 from fastanchor.evaluate import figures
-from fastanchor.evaluate.figures import ACCENT, CLEAN, MUTED, ROBUST, Line, Mark
+from fastanchor.evaluate.figures import ACCENT, CLEAN, INK, MUTED, ROBUST, Line, Mark
 from fastanchor.evaluate.page import figure, finding, section, swatch, table
 from fastanchor.evaluate.protocol import fraction, parse_attack
+from fastanchor.methods import is_defended
 
 if TYPE_CHECKING:
     from fastanchor.train.run import Trained
 
 Row = dict[str, Any]
 Series = tuple[list[float], list[float]]
-LOSS_COLORS = {"ce_adv": ROBUST, "ce": CLEAN, "ce_clean": CLEAN, "hsc": ACCENT}
+LOSS_COLORS = {"ce_adv": ROBUST, "bce": ROBUST, "ce": CLEAN, "ce_clean": CLEAN, "hsc": ACCENT}
+OTHER_COLORS = (ACCENT, MUTED, INK)
 # Metrics of `train.throughput`, which runs of the first versions lack.
 SPEED_KEYS = ("images_per_s", "tflops", "share_of_bf16_matmul", "peak_memory_mb", "first_step_s")
 
@@ -37,13 +40,19 @@ def learning_section(trained: Trained, rows: list[Row], images: ImageSet) -> str
     panels, legend = _accuracy_panels(trained, rows, axis)
     count = validation_count(trained.config, images)
     # An undefended network has no robustness to overfit, and is not chosen by it.
-    defended = trained.config.method != "standard"
+    defended = is_defended(trained.config)
     words = [sentence for stage in (1, 2) if defended and (sentence := gap_sentence(rows, stage, count))]
     caption = _accuracy_caption(trained.config, rows, images, count)
     small = _small_panels(rows, axis)
     small_caption = (
         "Means over each epoch of the weighted loss terms as they are added up, and the learning rate of the epoch's last step."
     )
+    if _series(rows, "train_robust"):
+        spec = parse_attack(trained.config.watch.attack, default_eps=trained.config.attack.eps).describe()
+        small_caption += (
+            f" Watched images: robust accuracy of {trained.config.watch.images} training images under {spec} after each epoch; a "
+            "fall from one epoch to the next, while accuracy under the training attack rises, is catastrophic overfitting."
+        )
     if _series(rows, "effective_positives"):
         small_caption += (
             " Effective positives: 1 / Σ w² of the contrastive weights of an anchor, the median over anchors; below "
@@ -172,7 +181,7 @@ def _accuracy_caption(config: Config, rows: list[Row], images: ImageSet, count: 
     adversary = f"PGD-{attack.steps} (eps {fraction(attack.eps)}, step {fraction(attack.step_size)}, {attack.start} start, {bn})"
     train = [f"robust under the training attack, {adversary}"] if _series(rows, "accuracy_adv") else []
     if _series(rows, _clean_key(rows)):
-        train.append("clean on augmented images" if _clean_key(rows) == "accuracy_aug" else "clean on images as they are")
+        train.append("clean on images as they are" if _clean_key(rows) == "accuracy_clean" else "clean on augmented images")
     text = "Accuracy by epoch."
     if train:
         text += f" Train: {'; '.join(train)}; n = {len(images.train)}, added up while the weights move."
@@ -185,19 +194,26 @@ def _accuracy_caption(config: Config, rows: list[Row], images: ImageSet, count: 
         "split, the dotted line the checkpoint judged here."
     )
     if any(row["stage"] == 2 for row in rows):
-        text += " Shaded: stage 2, a new linear classifier on the frozen backbone of stage 1's best epoch."
+        # Where no epoch of stage 1 was validated, its last one was kept.
+        kept = "best" if any("val_robust" in row for row in rows if row["stage"] == 1) else "last"
+        what = "all weights" if config.stage2.mode == "aff" else "a new linear classifier on the frozen backbone"
+        text += f" Shaded: stage 2, {what} of stage 1's {kept} epoch."
     return text
 
 
 def _small_panels(rows: list[Row], axis: Row) -> str:
     terms = dict.fromkeys(key for row in rows for key in row if key.startswith("loss_"))
-    losses = [Line(*series, key[5:], LOSS_COLORS.get(key[5:], MUTED)) for key in terms if (series := _series(rows, key))]
-    rate, positives = _series(rows, "lr"), _series(rows, "effective_positives")
+    names = [key.removeprefix("loss_") for key in terms if _series(rows, key)]
+    others = itertools.cycle(OTHER_COLORS)
+    losses = [Line(*_series(rows, f"loss_{name}"), name, LOSS_COLORS.get(name) or next(others)) for name in names]
+    rate, watched, positives = (_series(rows, key) for key in ("lr", "train_robust", "effective_positives"))
     drawn = [("Loss terms", "loss (nats)", losses, False)] if losses else []
     if rate:
         finite = [value for value in rate[1] if not math.isnan(value)]
         log = 0 < 20 * min(finite) < max(finite)
         drawn.append(("Learning rate", "learning rate", [Line(*rate, "", MUTED)], log))
+    if watched:
+        drawn.append(("Watched images", "robust accuracy (%)", [Line(*watched, "", ROBUST)], False))
     if positives:
         drawn.append(("Effective positives", "positives an anchor", [Line(*positives, "", ACCENT)], False))
     return "".join(
@@ -207,7 +223,7 @@ def _small_panels(rows: list[Row], axis: Row) -> str:
 
 
 def _clean_key(rows: list[Row]) -> str:
-    return "accuracy_aug" if _series(rows, "accuracy_aug") else "accuracy_clean"
+    return next((key for key in ("accuracy_aug", "accuracy_weak") if _series(rows, key)), "accuracy_clean")
 
 
 def _offset(rows: list[Row]) -> int:

@@ -38,6 +38,7 @@ from fastanchor.evaluate.page import (
 from fastanchor.evaluate.protocol import AttackSpec, fraction, parse_attack
 from fastanchor.evaluate.results import load_results
 from fastanchor.files import write_text
+from fastanchor.methods import build_method, is_defended, is_file, title_of
 
 if TYPE_CHECKING:
     from fastanchor.train.run import RunDir, Trained
@@ -155,10 +156,9 @@ def head(context: _Context) -> str:
             cards.append(card(row["val_robust"], "robust, validation", f"{attack}, {count}", "robust"))
         note += "</p>"
     config = trained.config
-    method = config.method if config.method == "standard" or config.loss.hsc else "PGD adversarial training"
     data, state = context.images, trained.state
     facts = {
-        "method": f"{method}, {config.model.name}" + (f", width {config.model.width}" if config.model.width else ""),
+        "method": f"{title_of(config)}, {config.model.name}" + (f", width {config.model.width}" if config.model.width else ""),
         "checkpoint": f"{trained.path.name}: stage {state['stage']}, epoch {state['epoch']}",
         "data": f"{data.name}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images",
         "device": device_name(context),
@@ -241,7 +241,7 @@ def eps_section(context: _Context) -> str:
     linf = attack.norm == "linf"
     unit = 255 if linf else 1
     marks = [Mark(unit * attack.eps, f"evaluated: eps {fraction(attack.eps)}")]
-    trained_eps = config.attack.eps if config.method != "standard" and config.attack.norm == attack.norm else 0
+    trained_eps = config.attack.eps if is_defended(config) and config.attack.norm == attack.norm else 0
     if math.isclose(trained_eps, attack.eps):
         marks = [Mark(unit * attack.eps, f"training and evaluation: eps {fraction(attack.eps)}")]
     elif 0 < trained_eps <= curve.eps[-1]:
@@ -287,7 +287,7 @@ def class_section(context: _Context) -> str:
 def embedding_section(context: _Context) -> str:
     """A 2-D map of the embeddings of clean, augmented and adversarial images."""
     config, attacked = context.trained.config, context.attacked
-    projected = config.method == "anchor" and config.loss.hsc > 0 and config.model.head != "identity"
+    projected = not is_file(config.method) and build_method(config).embeds and config.model.head != "identity"
     mapped = inspection.map_embeddings(
         context.trained.model, attacked, projected=projected, augmentation=config.data.augment, pad=config.data.pad
     )

@@ -1,16 +1,96 @@
 """Training methods: one short file each, on one engine."""
 
-from fastanchor.config import Config
-from fastanchor.methods.anchor import Anchor, LinearStage
-from fastanchor.methods.base import Method, Outputs
-from fastanchor.methods.standard import Standard
+from __future__ import annotations
 
-METHODS = {"anchor": Anchor, "standard": Standard}
+import importlib.util
+from pathlib import Path
+
+from fastanchor.config import Config
+from fastanchor.errors import UserError, did_you_mean
+from fastanchor.methods.advcl import AdvCL
+from fastanchor.methods.anchor import Anchor
+from fastanchor.methods.ascl import Ascl
+from fastanchor.methods.base import Adversary, Method, Outputs, Runner, build_attack
+from fastanchor.methods.clead import CleadJoint
+from fastanchor.methods.clead_code import CleadCode
+from fastanchor.methods.finetune import FullStage, LinearStage
+from fastanchor.methods.mart import Mart
+from fastanchor.methods.nuat import NuAT
+from fastanchor.methods.pgd_at import PGDAT
+from fastanchor.methods.standard import Standard
+from fastanchor.methods.supcon import SupCon
+from fastanchor.methods.suprobcon import SupRobCon
+from fastanchor.methods.trades import Trades
+
+METHODS: dict[str, type[Method]] = {
+    "advcl": AdvCL, "anchor": Anchor, "ascl": Ascl, "clead_code": CleadCode, "clead_joint": CleadJoint, "mart": Mart,
+    "nuat": NuAT, "pgd_at": PGDAT, "standard": Standard, "supcon": SupCon, "suprobcon": SupRobCon, "trades": Trades,
+}  # fmt: skip
+# Stage 2 by stage2.mode, unless the method has one of its own.
+STAGE2: dict[str, type[Method]] = {"slf": LinearStage, "alf": LinearStage, "aff": FullStage}
+_files: dict[Path, type[Method]] = {}
+
+
+def is_file(name: str) -> bool:
+    """Whether `name` is that of a file with a method, not of a method of the package."""
+    return name.endswith(".py")
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, by its name or by the path of a Python file that defines one; the file is run. Raises UserError."""
+    if is_file(name):
+        path = Path(name).resolve()
+        if path not in _files:
+            _files[path] = _load(path, name)
+        return _files[path]
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS)
+        raise UserError(f"method = {name}: must be one of {', '.join(METHODS)}, or the path of a .py file{hint}")
+    return METHODS[name]
+
+
+def title_of(config: Config) -> str:
+    """The method's name for people. A method in a file is not loaded for it."""
+    title = Path(config.method).stem if is_file(config.method) else method_class(config.method).describe(config)
+    return f"{title} + AWP" if config.optim.awp_gamma > 0 else title
+
+
+def is_defended(config: Config) -> bool:
+    """Whether the method trains on adversarial images; one in a file is taken to, and not loaded."""
+    return is_file(config.method) or bool(method_class(config.method).objectives)
+
+
+def _load(path: Path, name: str) -> type[Method]:
+    if not path.is_file():
+        raise UserError(f"method = {name}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"method = {name}: the file cannot be run: {type(error).__name__}: {error}") from error
+    found = [
+        value for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise UserError(f"method = {name}: must define one subclass of fastanchor.methods.Method, has {len(found)}")
+    return found[0]
 
 
 def build_method(config: Config, stage: int = 1) -> Method:
-    """The method of a configuration; stage 2 is the linear classifier on the frozen backbone."""
-    return METHODS[config.method](config) if stage == 1 else LinearStage(config)
+    """The method of a configuration in its first or second stage."""
+    found = method_class(config.method)
+    if stage == 1:
+        return found(config)
+    method = (found.second(config) or STAGE2[config.stage2.mode])(config)
+    if not found.objectives and config.stage2.mode == "slf":
+        # Nothing was ever attacked: robust accuracy would choose the epoch by noise.
+        method.selects = "clean"
+    return method
 
 
-__all__ = ["METHODS", "Method", "Outputs", "build_method"]
+__all__ = [
+    "METHODS", "Adversary", "Method", "Outputs", "Runner", "build_attack", "build_method", "is_defended", "is_file",
+    "method_class", "title_of",
+]  # fmt: skip

@@ -3,45 +3,36 @@
     x1 = aug(x);  x2 = PGD(x1, y);  L = ce_adv * CE(f(x2), y) + ce_clean * CE(f(x1), y) + hsc * L_HSC([z1; z2], [y; y])
 
 With hsc = 0 this is PGD adversarial training (Madry et al. 2018): the augmented view is then neither needed nor forwarded.
-Stage 2 trains a new linear classifier on the frozen backbone, on adversarial (alf) or clean images (slf).
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastanchor.attacks import PGD
 from fastanchor.attacks.objectives import with_clean
-from fastanchor.config import Config
+from fastanchor.config import Config, LossConfig
 from fastanchor.errors import UserError
 from fastanchor.kernels.limits import MAX_BETA
 from fastanchor.losses import HardSupConLoss
-from fastanchor.methods.base import Method, Outputs
+from fastanchor.methods.base import CONTRASTIVE, LOSS_BACKENDS, Adversary, Method, Outputs, WithEmbeddings, build_attack, in_use
 from fastanchor.reference.hard_supcon import sampled_effective_positives
 
 # Rows whose effective number of positives is computed; all, up to here.
 SAMPLED_ROWS = 512
-LOSS_BACKENDS = {"auto": "auto", "on": "triton", "off": "torch"}
-
-
-def build_attack(config: Config, objective="ce", **changed) -> PGD:
-    """The training adversary of a configuration; its inputs were checked when the data was loaded."""
-    attack = dataclasses.replace(config.attack, **changed)
-    return PGD(
-        attack.eps, attack.step_size, attack.steps, objective, attack.bn, attack.start, attack.norm,
-        precision=config.precision, backend=attack.backend, kernels=config.engine.kernels, check_inputs=False,
-    )  # fmt: skip
 
 
 class Anchor(Method):
     """Stage 1 of ANCHOR, as configured by `loss` and `attack`."""
 
+    title = "ANCHOR"
+    Settings = LossConfig
+    objectives = ("ce", "ce+hsc", "hsc")
+
     def __init__(self, config: Config):
-        self.config, self.weights, self.notes = config, config.loss, {}
+        super().__init__(config)
+        self.weights = config.loss
         self.embeds = self.weights.hsc > 0
         wanted = {"adv"} | ({"aug"} if self.weights.ce_clean > 0 else set())
         if self.embeds:
@@ -53,6 +44,22 @@ class Anchor(Method):
         if kernels == "on" and too_hard and self.embeds:
             raise UserError(f"engine.kernels = on: exp weights need |beta| <= {MAX_BETA:g}, loss.beta = {self.weights.beta:g}")
         self.loss_backend = "torch" if kernels == "auto" and too_hard else LOSS_BACKENDS[kernels]
+
+    @classmethod
+    def describe(cls, config: Config) -> str:
+        """Without the contrastive term it is PGD-AT."""
+        return cls.title if config.loss.hsc else "PGD-AT (ANCHOR with loss.hsc = 0)"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """The joint objective needs the contrastive term, of two views; and one term at least must count. Raises UserError."""
+        objective, loss = config.attack.objective, config.loss
+        if objective != "ce" and loss.hsc == 0:
+            raise UserError(f"attack.objective = {objective}: needs loss.hsc > 0, the attack would have nothing to maximise")
+        if objective != "ce" and loss.views != "aug+adv":
+            raise UserError(f"attack.objective = {objective}: is defined for loss.views = aug+adv only")
+        if loss.ce_adv == loss.ce_clean == loss.hsc == 0:
+            raise UserError("loss.ce_adv = loss.ce_clean = loss.hsc = 0: at least one must be > 0")
 
     def beta(self, progress: Tensor) -> float | Tensor:
         """Hardness after `progress` epochs: rises linearly over the warm-up."""
@@ -68,13 +75,11 @@ class Anchor(Method):
             backend=self.loss_backend, precision=loss.hsc_precision,
         )  # fmt: skip
 
-    def attack(self, progress: Tensor) -> PGD:
+    def adversaries(self, model: nn.Module, progress: Tensor) -> dict[str, Adversary]:
         kind = self.config.attack.objective
-        objective = "ce" if kind == "ce" else self._joint_objective(kind, progress)
-        return build_attack(self.config, objective)
-
-    def attacked(self, model: nn.Module) -> nn.Module:
-        return model if self.config.attack.objective == "ce" else _WithEmbeddings(model)
+        if kind == "ce":
+            return {"adv": Adversary(build_attack(self.config), model)}
+        return {"adv": Adversary(build_attack(self.config, self._joint_objective(kind, progress)), WithEmbeddings(model))}
 
     def _joint_objective(self, kind: str, progress: Tensor):
         """The training loss as the adversary sees it: the clean views' embeddings are fixed, the adversarial ones move."""
@@ -99,8 +104,7 @@ class Anchor(Method):
             embeddings, stacked = self._stack(out, labels)
             contrastive = self.contrastive(progress)
             terms["hsc"] = self.weights.hsc * contrastive(embeddings, stacked)
-            backend, _, why = contrastive.used.partition(": ")
-            self.notes["contrastive loss"] = f"{'yes' if backend == 'triton' else 'no'}: {why}"
+            self.notes[CONTRASTIVE] = in_use(contrastive)
         return terms
 
     def diagnostics(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
@@ -119,42 +123,3 @@ class Anchor(Method):
     def _stack(self, out: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         names = self.weights.views.split("+")
         return torch.cat([out.embeddings[name] for name in names]), labels.repeat(len(names))
-
-
-class LinearStage(Method):
-    """Stage 2: the backbone is frozen with its running statistics, a new linear classifier learns on top of it."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.adversarial = config.stage2.mode == "alf"
-        self.views = ("adv",) if self.adversarial else ("aug",)
-
-    def attack(self, progress: Tensor) -> PGD | None:
-        # Whatever stage 1's mode: batch statistics would be another network's than the one trained here, and "train" would move
-        # the frozen ones.
-        return build_attack(self.config, bn="eval") if self.adversarial else None
-
-    def trainable(self, model: nn.Module) -> list[nn.Parameter]:
-        return list(model.classifier.parameters())
-
-    def train_mode(self, model: nn.Module) -> None:
-        model.eval()
-
-    def forward(self, model: nn.Module, inputs: Tensor) -> tuple[Tensor, None]:
-        with torch.no_grad():
-            features = model.features(inputs)
-        return model.classifier(features), None
-
-    def loss(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
-        return {"ce": F.cross_entropy(out.logits[self.views[0]], labels)}
-
-
-class _WithEmbeddings(nn.Module):
-    """The model as attacks on (logits, embeddings) see it."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.inner(images, embed=True)

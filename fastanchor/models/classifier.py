@@ -18,7 +18,7 @@ from fastanchor.models.resnet import Backbone, check_count, preactresnet18, resn
 from fastanchor.models.wideresnet import wide_resnet
 
 MODELS = ("resnet18", "preactresnet18", "resnet50", "wrn28_10", "wrn34_10")
-HEADS = ("mlp", "linear", "identity")
+HEADS = ("mlp", "mlp_bn", "linear", "identity")
 
 _RESNETS = {"resnet18": resnet18, "preactresnet18": preactresnet18, "resnet50": resnet50}
 _RESNET_WIDTH = 64
@@ -118,8 +118,9 @@ def build_model(
 
     width: channels of the first stage of a ResNet, or of a wide ResNet's stem; all else scales with it. None is the published
         net: 64, and 16 for the wide ones.
-    head: "mlp" is Linear(F, head_hidden)-ReLU-Linear(head_hidden, head_dim), "linear" is Linear(F, head_dim), "identity" gives
-        the features themselves, (N, F); head_hidden and head_dim count only where a head has such a layer.
+    head: "mlp" is Linear(F, head_hidden)-ReLU-Linear(head_hidden, head_dim), "mlp_bn" has a BatchNorm before its ReLU, "linear"
+        is Linear(F, head_dim), "identity" gives the features themselves, (N, F); head_hidden and head_dim count only where a head
+        has such a layer.
     mean, std: of the pixels in [0, 1], by channel; their length is the number of image channels.
     Raises UserError for an unknown name or head, a count out of range, or a bad mean or std.
     """
@@ -165,9 +166,10 @@ def _projection(head: str, num_features: int, hidden: int, dim: int) -> nn.Modul
         return nn.Identity()
     if head == "linear":
         return nn.Linear(num_features, check_count("head_dim", dim))
-    if head == "mlp":
+    if head in ("mlp", "mlp_bn"):
         hidden, dim = check_count("head_hidden", hidden), check_count("head_dim", dim)
-        return nn.Sequential(OrderedDict(fc1=nn.Linear(num_features, hidden), relu=nn.ReLU(), fc2=nn.Linear(hidden, dim)))
+        norm = {"bn": nn.BatchNorm1d(hidden)} if head == "mlp_bn" else {}
+        return nn.Sequential(OrderedDict(fc1=nn.Linear(num_features, hidden), **norm, relu=nn.ReLU(), fc2=nn.Linear(hidden, dim)))
     raise _unknown("head", head, HEADS)
 
 

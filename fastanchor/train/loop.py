@@ -22,28 +22,27 @@ from fastanchor.data import feeds
 from fastanchor.data.encoded import Encoded
 from fastanchor.data.judged import judged_split
 from fastanchor.data.sources import ImageSet, image_stats
-from fastanchor.data.stream import FeedSpec
 from fastanchor.errors import UserError
 from fastanchor.evaluate.accuracy import measure
 from fastanchor.evaluate.protocol import parse_attack
-from fastanchor.methods import build_method
+from fastanchor.methods import Method, method_class, title_of
 from fastanchor.settings import from_dict, to_dict
 from fastanchor.train import checkpoint
-from fastanchor.train.apex import find_apex
+from fastanchor.train.checks import check_config, check_device
 from fastanchor.train.memory import check_narrow_convolutions, explain_out_of_memory, within_memory
 from fastanchor.train.optim import (
     WeightAverage,
     build_optimizer,
-    check_optimizer,
     learning_rate,
     load_optimizer,
     set_learning_rate,
 )
 from fastanchor.train.progress import Reporter, speed_line
 from fastanchor.train.run import RunDir, model_from_config
-from fastanchor.train.stages import check_order, epoch_indices, stage_config, stages, train_set
-from fastanchor.train.step import TrainStep, data_views
+from fastanchor.train.stages import check_order, epoch_indices, stage_config, stage_method, stages, train_set
+from fastanchor.train.step import TrainStep
 from fastanchor.train.throughput import StepCost, Throughput, step_cost
+from fastanchor.train.watch import Watch
 
 # On a GPU a look at the verdict costs a wait, so divergence is noticed at most this many steps late; the step named is exact.
 FINITE_CHECK_EVERY = {"cpu": 1, "cuda": 50}
@@ -106,7 +105,8 @@ def _run_stages(
         )
     numbers = stages(config)
     if state is not None:
-        done = state["stage"] == numbers[-1] and state["epoch"] == trainer.epochs(state["stage"])
+        ended = state["epoch"] == trainer.epochs(state["stage"]) or state.get("stopped", False)
+        done = ended and state["stage"] == numbers[-1]
         reporter.say(
             f"{run.path}: " + ("finished already" if done else f"resuming after stage {state['stage']}, epoch {state['epoch']}")
         )
@@ -116,44 +116,6 @@ def _run_stages(
     for stage in numbers:
         if state is None or stage >= state["stage"]:
             trainer.run_stage(stage, state if state is not None and state["stage"] == stage else None)
-
-
-def check_config(config: Config) -> None:
-    """Settings that are each allowed but do not go together. Raises UserError."""
-    if config.attack.objective != "ce" and config.loss.hsc == 0:
-        raise UserError(
-            f"attack.objective = {config.attack.objective}: needs loss.hsc > 0, the attack would have nothing to maximise"
-        )
-    if config.attack.objective != "ce" and config.loss.views != "aug+adv":
-        raise UserError(f"attack.objective = {config.attack.objective}: is defined for loss.views = aug+adv only")
-    if config.method == "anchor" and config.loss.ce_adv == config.loss.ce_clean == config.loss.hsc == 0:
-        raise UserError("loss.ce_adv = loss.ce_clean = loss.hsc = 0: at least one must be > 0")
-    if config.method == "standard" and config.stage2.mode != "none":
-        raise UserError(f"stage2.mode = {config.stage2.mode}: undefended training has no stage 2; write none")
-    check_optimizer(config.optim)
-    if config.engine.compile and config.attack.backend in ("reference", "eager", "graphed"):
-        raise UserError(
-            f"engine.compile: compiles the attack's step too; attack.backend = {config.attack.backend} contradicts it"
-        )
-    parse_attack(config.val.attack, default_eps=config.attack.eps)
-    if config.val.attack.startswith("autoattack"):
-        raise UserError("val.attack = autoattack: too slow for every epoch; use pgdN or cwN")
-    for text in config.eval.attacks:
-        parse_attack(text, default_eps=config.attack.eps)
-
-
-def check_device(config: Config, device: torch.device) -> None:
-    """Settings that this device cannot follow, said before a run's folder exists. Raises UserError."""
-    for name, value, wanted in (
-        ("data.decoder", config.data.decoder, "mixed"),
-        ("engine.graph", config.engine.graph, "on"),
-        ("attack.backend", config.attack.backend, "graphed"),
-        ("optim.backend", config.optim.backend, "apex"),
-    ):
-        if value == wanted and device.type != "cuda":
-            raise UserError(f"{name} = {value}: needs a CUDA device, this is {device}")
-    if config.optim.backend == "apex" and not (found := find_apex())[0]:
-        raise UserError(f"optim.backend = apex: {found[1]}")
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -203,6 +165,7 @@ class _Stage:
     cost: StepCost
     average: WeightAverage | None
     feed: feeds.Feed
+    watch: Watch | None = None
     best: _Best = field(default_factory=_Best)
 
 
@@ -224,7 +187,8 @@ class _Trainer:
         self.val_attack = parse_attack(config.val.attack, default_eps=config.attack.eps)
         self.val_perturb = self.val_attack.build()
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        self.model = model_from_config(config, images.num_classes, self.mean, self.std).to(device)
+        self.bn_sets = method_class(config.method).bn_sets
+        self.model = model_from_config(config, images.num_classes, self.mean, self.std, self.bn_sets).to(device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.tensorboard = _tensorboard(run) if config.tensorboard else None
@@ -237,22 +201,29 @@ class _Trainer:
         config = stage_config(self.config, number)
         if number == 2 and state is None:
             self._start_stage2()
-        method = build_method(config, number)
+        torch.manual_seed(derive_seed(config.seed, number, "heads"))
+        method = stage_method(config, number, self.images, self.model, self.device)
         optimizer = build_optimizer(method.trainable(self.model), config.optim)
         average = WeightAverage(self.model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-        with contextlib.closing(self._feed(data_views(method))) as feed:
+        with contextlib.closing(self._feed(method)) as feed:
             step = TrainStep(config, method, self.model, optimizer, average, self.device, feed.load)
             cost = step_cost(method, self.model, self.train_set.image_shape)
-            self._run_epochs(_Stage(number, step, cost, average, feed), config, state)
+            self._run_epochs(_Stage(number, step, cost, average, feed, self._watch(config, number)), config, state)
             # Its graphs hold the step, and that the feed: memory that the next stage needs.
             step.without_graph("the stage is over")
 
-    def _feed(self, names: tuple[str, ...]) -> feeds.Feed:
+    def _watch(self, config: Config, number: int) -> Watch | None:
+        if number == 2 or config.watch.images == 0:
+            return None
+        seed = derive_seed(config.seed, "watch")
+        return Watch(config, self.images.train, len(self.class_names), self.device, seed)
+
+    def _feed(self, method: Method) -> feeds.Feed:
         """Where a stage's batches come from; images that lie on the device serve all stages."""
+        spec = feeds.feed_spec(self.config.data, method.drawn, method.indexed, self.device)
         if self.resident is not None:
+            self.resident.spec = spec
             return self.resident
-        data = self.config.data
-        spec = FeedSpec(names, data.augment, self.device, data.pad, data.workers, data.decoder)
         feed = feeds.open_feed(self.backend, self.train_set, spec)
         if self.backend == "resident":
             self.resident = feed
@@ -263,21 +234,23 @@ class _Trainer:
         first = 1
         if state is not None:
             self._restore(stage, state)
-            first = state["epoch"] + 1
+            first = 1 + (self.epochs(number) if state.get("stopped") else state["epoch"])
         steps = -(-len(epoch_indices(config, self.images, seed=0)) // config.batch_size)
         epochs = self.epochs(number)
-        self.reporter.start_stage(
-            f"stage {number}: {self.config.method if number == 1 else config.stage2.mode}", epochs, first - 1, steps
-        )
+        title = title_of(config) if number == 1 else step.method.title or config.stage2.mode
+        self.reporter.start_stage(f"stage {number}: {title}", epochs, first - 1, steps)
         try:
             for epoch in range(first, epochs + 1):
                 row = self._epoch(stage, config, epoch, epochs, steps)
                 if epoch == first:
                     self.reporter.say(step.describe())
-                self._validate_and_save(stage, row, last=epoch == epochs)
+                stopped = self._collapsed(stage, row)
+                last = stopped or epoch == epochs
+                self._validate_and_save(stage, row, last=last, stopped=stopped)
                 self.reporter.end_epoch(row, epochs)
-                if epoch == epochs:
+                if last:
                     self.reporter.say(speed_line(row))
+                    break
         finally:
             self.reporter.end_stage()
         if number == 2:
@@ -286,6 +259,7 @@ class _Trainer:
     def _epoch(self, stage: _Stage, config: Config, epoch: int, epochs: int, steps: int) -> dict:
         started = time.perf_counter()
         step = stage.step
+        step.method.start_epoch(epoch, self.model)
         seeds = {name: derive_seed(config.seed, stage.number, epoch, name) for name in ("order", "augment", "attack", "other")}
         step.reset(seeds)
         torch.manual_seed(seeds["other"])
@@ -309,10 +283,23 @@ class _Trainer:
         row["seconds"] = time.perf_counter() - started
         return row | self.throughput.epoch(trained, row["seconds"], stage.cost)
 
-    def _validate_and_save(self, stage: _Stage, row: dict, last: bool) -> None:
+    def _collapsed(self, stage: _Stage, row: dict) -> bool:
+        """Attack the watched images, if any; whether the stage is to end here."""
+        if stage.watch is None:
+            return False
+        entries, warning, stop = stage.watch(self.model, row)
+        row |= entries
+        if warning is not None:
+            self.reporter.say(warning)
+        return stop
+
+    def _validate_and_save(self, stage: _Stage, row: dict, last: bool, stopped: bool) -> None:
         judged = stage.average.model if stage.average is not None else self.model
-        every = self.config.val.every
-        if last or row["epoch"] % every == 0:
+        every, selects = self.config.val.every, stage.step.method.selects
+        if selects == "last":
+            if last:
+                stage.best.epoch, row["best"] = row["epoch"], True
+        elif last or row["epoch"] % every == 0:
             started = time.perf_counter()
             options = {"batch_size": self.config.eval.batch_size, "num_classes": len(self.class_names)}
             seed = derive_seed(self.config.seed, "validation")
@@ -323,7 +310,7 @@ class _Trainer:
                 batch = f"eval.batch_size = {options['batch_size']}"
                 raise UserError(f"{batch}: the validation does not fit in the memory of {self.device}; lower it") from error
             row |= {"val_clean": clean.accuracy, "val_robust": robust.accuracy}
-            row["best"] = stage.best.update(robust.accuracy, clean.accuracy, row["epoch"], stage.step.method.selects)
+            row["best"] = stage.best.update(robust.accuracy, clean.accuracy, row["epoch"], selects)
             row["val_seconds"] = time.perf_counter() - started
         state = self._state(stage, row["epoch"], judged)
         if row.get("best"):
@@ -332,6 +319,10 @@ class _Trainer:
         self.run.log(row)
         if stage.average is not None:
             state |= {"training_weights": self.model.state_dict(), "average_steps": stage.average.steps}
+        if stage.step.method.heads is not None:
+            state["heads"] = stage.step.method.heads.state_dict()
+        if stage.watch is not None:
+            state |= {"watch": stage.watch.state_dict(), "stopped": stopped}
         checkpoint.save(
             self.run.checkpoints / "last.pt", state | {"optimizer": stage.step.optimizer.state_dict()}, keep_previous=True
         )
@@ -345,6 +336,7 @@ class _Trainer:
             "config": to_dict(self.config),
             "data": self.data,
             "class_names": list(self.class_names),
+            "bn_sets": list(self.bn_sets),
             "mean": list(self.mean),
             "std": list(self.std),
             "stage": stage.number,
@@ -359,6 +351,10 @@ class _Trainer:
         if stage.average is not None:
             checkpoint.restore_weights(stage.average.model, state["weights"], path)
             stage.average.steps = state["average_steps"]
+        if stage.watch is not None:
+            stage.watch.load(state["watch"])
+        if stage.step.method.heads is not None:
+            checkpoint.restore_weights(stage.step.method.heads, state["heads"], path)
         load_optimizer(stage.step.optimizer, state["optimizer"])
         stage.best = _Best(**state["best"])
 

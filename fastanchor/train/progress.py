@@ -82,8 +82,11 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     ]
     if "effective_positives" in row:
         parts.append(f"positives {row['effective_positives']:.1f}")
-    train = [f"{name} {100 * row[key]:.1f}" for name, key in (("aug", "accuracy_aug"), ("adv", "accuracy_adv")) if key in row]
-    parts.append("train " + " / ".join(train) + " %")
+    train = [f"{key.removeprefix('accuracy_')} {100 * row[key]:.1f}" for key in row if key.startswith("accuracy_")]
+    if train:
+        parts.append("train " + " / ".join(train) + " %")
+    if "train_robust" in row:
+        parts.append(f"watched {row['train_robust']:.1f} %")
     if "val_clean" in row:
         best = "  *" if row["best"] else ""
         parts.append(f"val clean {row['val_clean']:.1f} / robust {row['val_robust']:.1f} %{best}")

@@ -14,7 +14,7 @@ import dataclasses
 import fcntl
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fastanchor.config import Config
 from fastanchor.errors import UserError
 from fastanchor.files import write_text
 from fastanchor.models import RobustClassifier, build_model
+from fastanchor.models.bnsets import add_bn_sets
 from fastanchor.train import checkpoint
 
 
@@ -60,11 +61,11 @@ class RunDir:
         if not path.exists():
             write_text(path, json.dumps(environment.describe(device), indent=2) + "\n")
 
-    def open(self) -> Config:
-        """The configuration of an existing run. Raises UserError."""
+    def open(self, *, judged: bool = False) -> Config:
+        """The configuration of an existing run; judged: as in `settings.with_method`. Raises UserError."""
         if not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: not a run: it has no config.yaml")
-        return settings.load_file(self.path / "config.yaml")
+        return settings.load_file(self.path / "config.yaml", judged=judged)
 
     def settled(self, config: Config) -> Config:
         """`config` with what `data.backend` auto came to when this run began; as it is where that is not known."""
@@ -122,13 +123,14 @@ class RunDir:
         write_text(self.path / "summary.csv", text.getvalue())
 
 
-def model_from_config(config: Config, num_classes: int, mean, std) -> RobustClassifier:
-    """The untrained network of a configuration."""
+def model_from_config(config: Config, num_classes: int, mean, std, bn_sets: Sequence[str] = ()) -> RobustClassifier:
+    """The untrained network of a configuration; bn_sets: those of its method."""
     model = config.model
-    return build_model(
+    network = build_model(
         model.name, num_classes=num_classes, width=model.width, head=model.head, head_hidden=model.head_hidden,
         head_dim=model.head_dim, mean=mean, std=std,
     )  # fmt: skip
+    return add_bn_sets(network, bn_sets) if bn_sets else network
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,13 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     """The model of a run (its best checkpoint) or of one checkpoint file, in eval mode on the device. Raises UserError."""
     path = Path(path)
     if path.is_dir():
-        RunDir(path).open()
+        RunDir(path).open(judged=True)
         path = path / "checkpoints" / "best.pt"
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     state = checkpoint.load(path)
-    config = settings.from_dict(state["config"], str(path))
-    model = model_from_config(config, len(state["class_names"]), state["mean"], state["std"])
+    config = settings.from_dict(state["config"], str(path), judged=True)
+    model = model_from_config(config, len(state["class_names"]), state["mean"], state["std"], state.get("bn_sets", ()))
     checkpoint.restore_weights(model, state["weights"], path)
     model.to(device).eval()
     return Trained(model, config, tuple(state["class_names"]), path, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import nn
 
 from fastanchor.config import Config
 from fastanchor.data.encoded import Encoded
@@ -12,6 +13,7 @@ from fastanchor.data.extra import Mixed
 from fastanchor.data.order import epoch_order
 from fastanchor.data.sources import ImageSet, Split
 from fastanchor.errors import UserError
+from fastanchor.methods import Method, build_method
 
 
 def train_set(images: ImageSet) -> Split | Encoded | Mixed:
@@ -22,6 +24,18 @@ def train_set(images: ImageSet) -> Split | Encoded | Mixed:
 def stages(config: Config) -> tuple[int, ...]:
     """The numbers of a training's stages."""
     return (1,) if config.stage2.mode == "none" else (1, 2)
+
+
+def stage_method(config: Config, number: int, images: ImageSet, model: nn.Module, device: torch.device) -> Method:
+    """The method of a stage, with all that it brings besides the model, on the device.
+
+    Its heads are drawn from torch's global generator. Raises UserError.
+    """
+    method = build_method(config, number)
+    method.prepare(images, device)
+    heads = method.build(model)
+    method.heads = None if heads is None else heads.to(device)
+    return method
 
 
 def epoch_indices(config: Config, images: ImageSet, seed: int) -> torch.Tensor:
@@ -44,12 +58,12 @@ def check_order(config: Config, images: ImageSet) -> None:
 
 
 def stage_config(config: Config, number: int) -> Config:
-    """The configuration as a stage sees it; stage 2 has its own schedule and batch size, and no averaging."""
+    """The configuration as a stage sees it: stage 2 has its own schedule and batch size, and neither weight average nor AWP."""
     if number == 1:
         return config
     second = config.stage2
     optim = dataclasses.replace(
-        config.optim, name="sgd", backend="auto", lr=second.lr, schedule="step", milestones=second.milestones, decay=0.1,
-        weight_decay=second.weight_decay, warmup_epochs=0.0, ema_decay=0.0, nesterov=False,
+        config.optim, name="sgd", backend="auto", lr=second.lr, schedule="step", milestones=second.milestones, decay=second.decay,
+        weight_decay=second.weight_decay, warmup_epochs=0.0, ema_decay=0.0, awp_gamma=0.0, nesterov=False,
     )  # fmt: skip
     return dataclasses.replace(config, optim=optim, batch_size=second.batch_size, epochs=second.epochs)

@@ -5,6 +5,7 @@ Nothing in it reads a value back from the device; what is logged is added up the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -14,9 +15,12 @@ from fastanchor import graphs
 from fastanchor.attacks.engine import compiling, own_code
 from fastanchor.config import Config
 from fastanchor.data import views as augmentation
+from fastanchor.data.geometry import CLEAN, kind_of
 from fastanchor.errors import UserError
-from fastanchor.methods import Method
+from fastanchor.methods import Method, Outputs, Runner
+from fastanchor.methods.base import CONTRASTIVE
 from fastanchor.ops import images as operators
+from fastanchor.train import awp
 from fastanchor.train.optim import WeightAverage, capturable, state_tensors
 
 
@@ -35,16 +39,15 @@ def _compiled(method: Method) -> Callable:
     return run
 
 
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
 class NonFinite(UserError):
     """The loss or its gradient became NaN or infinite."""
 
 
 Images = Tensor | augmentation.Rows | augmentation.Prepared
-
-
-def data_views(method: Method) -> tuple[str, ...]:
-    """The views of a method that come from the data; the augmented one always, since attacks begin from it."""
-    return ("clean", "aug") if "clean" in method.views else ("aug",)
 
 
 def as_given(images_u8: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,18 +78,27 @@ class TrainStep:
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.bad_terms: Tensor | None = None
         self.term_names: list[str] = []
-        self.forward = _compiled(method) if config.engine.compile else method.forward
-        self.attack, self.attacked = method.attack(self.progress), method.attacked(model)
+        self.run = Runner(
+            config, method, model, method.adversaries(model, self.progress), self.generators, device, self._compiled_forward()
+        )
+        self.attacks = [adversary.attack for adversary in self.run.adversaries.values()]
+        # All that the loss forwards, and whether its weights are perturbed in this step.
+        self.network = nn.ModuleList([model] if method.heads is None else [model, method.heads])
+        self.perturbs_weights = False
         self.notes: dict[str, str] = {}
         self._graphs = graphs.Cache()
         self.graphed, self.notes["graphed"] = self._decide_graph()
         if config.engine.compile:
             self.notes["compiled"] = "yes: the attack's step and the training forward"
         self.fused_views, self._views_note = self._decide_views()
-        self._asked_backend = None if self.attack is None else self.attack.backend
-        if self.attack is not None and self.attack.backend in ("auto", "graphed") and (self.graphed or config.engine.compile):
-            # The attack becomes a part of the step's own graph.
-            self.attack.backend = "compiled" if config.engine.compile else "eager"
+        self._asked_backend = config.attack.backend
+        for attack in self.attacks:
+            if attack.backend in ("auto", "graphed") and (self.graphed or config.engine.compile):
+                # The attack becomes a part of the step's own graph.
+                attack.backend = "compiled" if config.engine.compile else "eager"
+
+    def _compiled_forward(self) -> Callable | None:
+        return _compiled(self.method) if self.config.engine.compile else None
 
     def _decide_graph(self) -> tuple[bool, str]:
         wanted = self.config.engine.graph
@@ -114,27 +126,33 @@ class TrainStep:
         for name, generator in self.generators.items():
             generator.manual_seed(seeds[name])
 
-    def make_views(self, images: Images, labels: Tensor) -> dict[str, Tensor]:
-        """The method's inputs by name: fp32 (B, 3, H, W) in [0, 1], channels-last."""
-        data = self.config.data
-        made: dict[str, Tensor] = {}
+    def data_views(self, images: Images) -> dict[str, Tensor]:
+        """The views that the data gives, by name: fp32 (B, 3, H, W) in [0, 1], channels-last."""
+        data, names = self.config.data, self.method.drawn
         if isinstance(images, augmentation.Prepared):
-            made = {name: images.view(name) for name in data_views(self.method)}
+            made = {name: images.view(name) for name in names}
             self.fused_views, self._views_note = False, "the views come from the data backend"
         else:
-            if "clean" in self.method.views:
-                made["clean"] = augmentation.to_float(images.gather() if isinstance(images, augmentation.Rows) else images)
-            generator = self.generators["augment"]
-            made["aug"] = augmentation.augment(images, data.augment, generator, pad=data.pad, fused=self.fused_views)
+            made = {name: self._draw(images, kind_of(name, data.augment, data.weak)) for name in names}
         if not self.config.channels_last:
             made = {name: view.contiguous() for name, view in made.items()}
-        if self.attack is not None:
-            made["adv"] = self.attack(self.attacked, made["aug"], labels, generator=self.generators["attack"])
-        return {name: made[name] for name in self.method.views}
+        return made
+
+    def _draw(self, images: Tensor | augmentation.Rows, kind: str) -> Tensor:
+        if kind == CLEAN:
+            return augmentation.to_float(images.gather() if isinstance(images, augmentation.Rows) else images)
+        return augmentation.augment(images, kind, self.generators["augment"], pad=self.config.data.pad, fused=self.fused_views)
+
+    def make_views(self, images: Images, labels: Tensor) -> tuple[dict[str, Tensor], Outputs | None]:
+        """The method's inputs by name, adversarial ones too, and outputs that it has of some of them already."""
+        made = self.data_views(images)
+        early = self.method.perturb(self.run, made, labels)
+        return {name: made[name] for name in self.method.views}, early
 
     def __call__(self, *batch: Tensor, progress: float) -> None:
         """batch: what `load` takes, on the device; progress: epochs done, fractional."""
         self.progress.fill_(progress)
+        self.perturbs_weights = self.config.optim.awp_gamma > 0 and progress >= self.config.optim.awp_start
         captured = self._captured(batch) if self.graphed else None
         if captured is None:
             self._iterate(*batch)
@@ -145,10 +163,12 @@ class TrainStep:
 
     def _note(self) -> None:
         """What is known after the first step."""
-        parts = {"augmentation": f"{'yes' if self.fused_views else 'no'}: {self._views_note}", **self.method.notes}
-        if self.attack is not None:
+        parts = {"augmentation": f"{'yes' if self.fused_views else 'no'}: {self._views_note}"}
+        for name, note in self.method.notes.items():
+            (parts if name == CONTRASTIVE else self.notes)[name] = note
+        for attack in self.attacks:
             plain = "no: attack.backend = reference"
-            found = self.attack.engine.notes
+            found = attack.engine.notes
             self.notes["folded"] = found.get("folded", plain)
             parts["attack"] = found.get("kernels", plain)
             if "refresh" in found:
@@ -163,14 +183,15 @@ class TrainStep:
         names = {
             "folded": "attack on the BN-folded twin", "compiled": "torch.compile", "graphed": "CUDA graph", "kernels": "kernels",
         }  # fmt: skip
-        return "; ".join(f"{names[key]}: {note}" for key, note in sorted(self.notes.items()))
+        return "; ".join(f"{names.get(key, key)}: {note}" for key, note in sorted(self.notes.items()))
 
     def without_graph(self, reason: str) -> None:
         """Run without a graph of the whole step from now on, and give the graphs' memory back."""
         self.graphed, self._graphs = False, graphs.Cache()
         self.notes["graphed"] = f"no: {reason}"
-        if self.attack is not None and not self.config.engine.compile:
-            self.attack.backend = self._asked_backend  # on a GPU the attack may still be a graph of its own
+        if not self.config.engine.compile:
+            for attack in self.attacks:
+                attack.backend = self._asked_backend  # on a GPU the attack may still be a graph of its own
 
     def _captured(self, batch: tuple[Tensor, ...]) -> graphs.Captured | None:
         def build() -> graphs.Captured:
@@ -180,7 +201,7 @@ class TrainStep:
             )  # fmt: skip
 
         try:
-            return self._graphs.get(tuple((part.shape, part.dtype) for part in batch), build)
+            return self._graphs.get((self.perturbs_weights, *((part.shape, part.dtype) for part in batch)), build)
         except graphs.CaptureFailed as error:
             if self.config.engine.graph == "on":
                 raise UserError(f"engine.graph = on: {error}") from error
@@ -189,7 +210,7 @@ class TrainStep:
 
     def _state(self) -> list[Tensor]:
         """All that a step changes."""
-        found = [*self.model.parameters(), *self.model.buffers(), *state_tensors(self.optimizer)]
+        found = [*self.network.parameters(), *self.network.buffers(), *state_tensors(self.optimizer)]
         found += [*self.sums.values(), self.steps, self.bad_step]
         found += [] if self.bad_terms is None else [self.bad_terms]
         return found + ([] if self.average is None else self.average.tensors())
@@ -199,12 +220,21 @@ class TrainStep:
         self.method.train_mode(self.model)
         # Before the backward pass of a capture they must be gone: the graph's own memory holds its gradients.
         self.optimizer.zero_grad(set_to_none=True)
-        views = self.make_views(images, labels)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            out = self.method.outputs(self.model, views, self.forward)
-        terms = self.method.loss(out, labels, self.progress)
-        total = torch.stack(list(terms.values())).sum()
-        total.backward()
+        views, early = self.make_views(images, labels)
+        if self.perturbs_weights:
+
+            def loss() -> Tensor:
+                return _total(self.method.loss(self.run.forward(views), labels, self.progress))
+
+            # The outputs that there are already are of the weights as they were.
+            early, weights = None, awp.perturbed(self.network, self.parameters, self.config.optim.awp_gamma, loss)
+        else:
+            weights = contextlib.nullcontext()
+        with weights:
+            out = self.run.outputs(views, early)
+            terms = self.method.loss(out, labels, self.progress)
+            total = _total(terms)
+            total.backward()
         norm = self._clip()
         self.optimizer.step()
         if self.average is not None:
@@ -223,8 +253,11 @@ class TrainStep:
     def _record(self, terms: dict[str, Tensor], total: Tensor, norm: Tensor, out, labels: Tensor) -> None:
         values = {f"loss_{name}": term.detach() for name, term in terms.items()}
         values |= {"loss": total, "grad_norm": norm, **self.method.diagnostics(out, labels, self.progress)}
-        for view, logits in out.logits.items():
-            values[f"accuracy_{view}"] = (logits.argmax(1) == labels).float().mean()
+        classes = labels[:, 0] if self.method.indexed else labels
+        # Where nothing trains the classifier its accuracy says nothing.
+        judged = {} if self.method.selects == "last" else out.logits
+        for view, logits in judged.items():
+            values[f"accuracy_{view}"] = (logits.argmax(1) == classes).float().mean()
         stacked = torch.stack([*(term.detach() for term in terms.values()), norm])
         if self.bad_terms is None:
             self.bad_terms, self.term_names = torch.zeros_like(stacked), [*terms, "grad_norm"]

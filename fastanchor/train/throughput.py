@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastanchor.attacks import PGD
 from fastanchor.attacks.objectives import uses_clean
 from fastanchor.ceilings import matmul_rate
-from fastanchor.methods import Method
+from fastanchor.methods import Adversary, Method
 from fastanchor.models import RobustClassifier, mac_count
 
 
@@ -39,26 +38,31 @@ def step_cost(method: Method, model: RobustClassifier, image_size: tuple[int, in
     With F = 2 * multiply-adds of a forward (`mac_count`: convolutions and matrix products):
         attack = F * (2 * steps + 1 for an objective that compares with the clean images)   each step: forward, input gradient
         training = 3 F * views                                                 forward, gradients of activations and weights
-    and training = F * views where the backbone is frozen (stage 2). PGD-10 training of ResNet-18 on 32 x 32 pixels: F = 1.111,
-    in all 25.5 GFLOP. F holds the projection where it is used. Neglected: that training needs no input gradient of the first
-    layer (0.3 % of F), a lone classifier's gradients, BatchNorm, activations, the contrastive loss and the update.
+    and training = F * views where the backbone is frozen (stage 2), twice as much while weights are perturbed (AWP).
+    PGD-10 training of ResNet-18 on 32 x 32 pixels: F = 1.111, in all 25.5 GFLOP. F holds the projection where it is used.
+    Neglected: that training needs no input gradient of the first layer (0.3 % of F), a lone classifier's gradients, BatchNorm,
+    activations, the contrastive loss and the update.
     """
     channels = model.normalize.mean.shape[1]
 
     def forward(network: nn.Module, **options: bool) -> int:
         return 2 * mac_count(_Corner(network, image_size, options), max(image_size), channels)
 
-    attack = method.attack(torch.zeros(()))
-    made = 0 if attack is None else _attack_forwards(attack) * forward(method.attacked(model))
+    made = sum(
+        _attack_forwards(adversary) * adversary.images * forward(adversary.model)
+        for adversary in method.adversaries(model, torch.zeros(())).values()
+    )
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     forwards = 3 if any(id(parameter) in backbone for parameter in method.trainable(model)) else 1
+    forwards *= 2 if method.config.optim.awp_gamma > 0 else 1
     return StepCost(made, forwards * len(method.views) * forward(model, embed=method.embeds))
 
 
-def _attack_forwards(attack: PGD) -> int:
+def _attack_forwards(adversary: Adversary) -> int:
     """What an attack costs, in forwards; of several restarts each is judged by one more."""
+    attack = adversary.attack
     judged = attack.restarts if attack.restarts > 1 else 0
-    return 2 * attack.steps * attack.restarts + judged + uses_clean(attack.objective)
+    return 2 * attack.steps * attack.restarts + judged + (uses_clean(attack.objective) and not adversary.given)
 
 
 class _Corner(nn.Module):
