@@ -154,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     described = environment.describe(torch.device("cpu"))
     described["command"] = f"python -m bench.agreement --seed {args.seed}, with clones of {', '.join(clones)}"
     path = args.out / "agreement.json"
-    write_text(path, json.dumps({"seed": args.seed, "environment": described, "rows": rows}, indent=2) + "\n")
+    found = {"schema": 1, "kind": "agreement", "seed": args.seed, "environment": described, "rows": rows}
+    write_text(path, json.dumps(found, indent=2) + "\n")
     show(rows, Console(width=170, highlight=False))
     failed = sum(not found["agrees"] for found in rows)
     print(f"{path}: {len(rows)} checks, {failed} without agreement", flush=True)

@@ -26,14 +26,17 @@ ROUNDING = 1e-9
 
 
 def kind_of(found: Any) -> str:
-    """run | ladder | bench | compare | aot: the schema that a file belongs to. UserError where it is of none."""
+    """run | ladder | bench | compare | aot | agreement: the schema that a file belongs to. UserError where it is of none."""
     if isinstance(found, dict):
         for key, name in BY_KEY.items():
             if key in found:
                 return name
         if "rows" in found and "gpu" in found:
             return "aot"
-    raise UserError("is no file of bench.gpu, bench.peers, bench.speedrun, bench.ladder, bench.compare, bench.aot or make bench")
+        if found.get("kind") == "agreement":
+            return "agreement"
+    programs = "bench.gpu, bench.peers, bench.speedrun, bench.ladder, bench.compare, bench.aot, bench.agreement or make bench"
+    raise UserError(f"is no file of {programs}")
 
 
 def validate(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import agreement
+from bench import agreement, schema
 from bench.agreement import CASES, agree, main, recognise
 from bench.agreement_tools import Check, statements
 from bench.peers.clones import PeerFailed, Session
@@ -164,7 +164,7 @@ def test_another_formula_is_seen(clone_of, name, file, before, after, differing)
 def test_the_program_writes_its_table_and_its_json(clone_of, tmp_path, capsys):
     paths = [f"--peer-path={clone_of(name)}" for name in ("SupContrast", "AWP")]
     assert main([*paths, "--out", str(tmp_path / "out")]) == 0
-    stored = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    stored = schema.load(tmp_path / "out" / "agreement.json")
     assert [row["method"] for row in stored["rows"]] == ["SupContrast", "SupContrast", "AWP"]
     row = stored["rows"][-1]
     assert row["agrees"] and row["loss"] < row["tolerance"] == 1e-9 and row["precision"] == "fp64" and row["pixels"] is None

@@ -192,7 +192,7 @@ def test_every_field_of_the_schemas_is_described():
                 yield from fields(inner, f"{where}.{key}")
 
     files = {path.name: json.loads(path.read_text()) for path in schema.FOLDER.glob("*.json")}
-    assert set(files) == {"common.json", "run.json", "bench.json", "ladder.json", "compare.json", "aot.json"}
+    assert set(files) == {"common.json", "run.json", "bench.json", "ladder.json", "compare.json", "aot.json", "agreement.json"}
     undescribed = [
         where
         for name, found in files.items()
