@@ -235,7 +235,7 @@ def supcon(session: Session) -> Iterator[Check]:
         ours = sum(build_method(config).loss(Outputs({}, views), labels, torch.tensor(0.0)).values())
         yield compared(
             f"SupConLoss, temperature {temperature:g}", f"{BATCH} x 2 x 16", theirs, gradient(theirs, given), ours,
-            gradient(ours, given), "its factor temperature / 0.07 is our loss.scale, which is 1 in our recipe",
+            gradient(ours, given), "its factor temperature / 0.07 is our loss.scale, which its recipe has too",
         )  # fmt: skip
 
 
