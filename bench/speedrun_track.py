@@ -18,6 +18,7 @@ from fastanchor import settings
 from fastanchor.config import Config, DataConfig
 from fastanchor.errors import UserError, did_you_mean
 from fastanchor.evaluate.protocol import AttackSpec, parse_attack
+from fastanchor.methods import Method, method_class
 from fastanchor.train.checks import check_config
 
 FOLDER = Path(__file__).parent / "speedruns"
@@ -173,6 +174,9 @@ def resolve(track: Track, overrides: dict[str, Any], *, device: str, root: str |
     config = settings.from_dict(task, f"track {track.name}: data", config)
     if config.stage2.mode != "none":
         raise UserError(f"track {track.name}: stage2.mode = {config.stage2.mode}: a speedrun has one stage; set it to none")
+    method = method_class(config.method)
+    if method.bn_sets or (method.build, method.prepare, method.start_epoch) != (Method.build, Method.prepare, Method.start_epoch):
+        raise UserError(f"track {track.name}: method = {config.method}: the clock knows methods that train the network alone")
     check_config(config)
     return config
 

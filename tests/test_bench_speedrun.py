@@ -103,7 +103,14 @@ def same(one, other):
     [
         {},
         {"optim.ema_decay": 0.9, "optim.name": "adamw", "optim.lr": 0.01, "precision": "bf16", "val.every": 1},
-        {"loss.hsc": 0.5, "model.head": "linear", "model.head_dim": 8, "optim.schedule": "step", "optim.milestones": [1]},
+        {
+            "method": "anchor",
+            "loss.hsc": 0.5,
+            "model.head": "linear",
+            "model.head_dim": 8,
+            "optim.schedule": "step",
+            "optim.milestones": [1],
+        },
         {"batch_size": 64, "data.augment": "crop_flip", "optim.name": "lamb", "optim.clip_grad_norm": 1.0},
     ],
     ids=["sgd", "adamw, average, bf16", "anchor", "lamb, one batch"],
@@ -117,6 +124,12 @@ def test_the_weights_are_those_of_the_training_loop_to_the_bit(tmp_path, overrid
     expected = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["weights"]
     model, _ = make_rig(config, images).timed(7, images.train)
     assert same(weights(model), expected)
+
+
+@pytest.mark.parametrize("method", ["nuat", "advcl"])
+def test_a_method_with_more_than_a_network_is_refused(tmp_path, method):
+    with pytest.raises(UserError, match=f"method = {method}: the clock knows methods that train the network alone"):
+        tiny_config(tmp_path, method=method)
 
 
 @pytest.mark.parametrize("graphed", [False, True], ids=["plain", "as one (emulated) graph"])

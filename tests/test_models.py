@@ -207,8 +207,12 @@ def test_heads(head):
     features = model.features(x)
     logits, embeddings = model(x, embed=True)
     state = model.projection.state_dict()
-    if head == "mlp":
-        expected = F.linear(features, state["fc1.weight"], state["fc1.bias"]).relu()
+    if head in ("mlp", "mlp_bn"):
+        expected = F.linear(features, state["fc1.weight"], state["fc1.bias"])
+        if head == "mlp_bn":
+            norm = [state[f"bn.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+            expected = F.batch_norm(expected, *norm)
+        expected = expected.relu()
         expected = F.linear(expected, state["fc2.weight"], state["fc2.bias"])
         assert state["fc1.weight"].shape == (24, 64) and state["fc2.weight"].shape == (12, 24)
     elif head == "linear":
@@ -393,7 +397,7 @@ def test_resnet_initialisation_is_torchs_default():
         ("resnet18", {"width": 8.0}, "width is 8.0;"),
         ("resnet18", {"width": True}, "width is True;"),
         ("resnet18", {"num_classes": 1}, "num_classes is 1; allowed: a whole number of at least 2"),
-        ("resnet18", {"head": "mpl"}, "head 'mpl' is unknown; did you mean 'mlp'?; allowed: mlp, linear, identity"),
+        ("resnet18", {"head": "mpl"}, "head 'mpl' is unknown; did you mean 'mlp'?; allowed: mlp, mlp_bn, linear, identity"),
         ("resnet18", {"head_dim": 0}, "head_dim is 0;"),
         ("resnet18", {"head_hidden": 0}, "head_hidden is 0;"),
         ("resnet18", {"head": "linear", "head_dim": -1}, "head_dim is -1;"),
