@@ -108,7 +108,7 @@ def measure(
         say(f"note: {note}")
     shrunk: list[str] = []
     if device.type == "cpu":
-        config, shrunk = cpu_sized(config, given, images.image_shape)
+        config, shrunk = cpu_sized(config, given, lambda config: _step_flops(config, images))
     if config.channels_last:
         check_narrow_convolutions(_network(config, images.num_classes), images.image_shape, device)
     run = _Run(config, images, device, names, rounds, say)
@@ -126,17 +126,17 @@ def view_names(config: Config, wanted: int | None) -> tuple[str, ...]:
     return taken if wanted in (None, len(taken)) else (*taken, "aug2")
 
 
-def cpu_sized(config: Config, given: Collection[str], image_size: tuple[int, int]) -> tuple[Config, list[str]]:
+def cpu_sized(config: Config, given: Collection[str], flops: Callable[[Config], int]) -> tuple[Config, list[str]]:
     """The configuration with a step that a CPU makes in half a second or so, and the flags that say the same.
 
-    given: dotted keys that the user has set, which stay as they are. image_size: (H, W) in pixels.
+    given: dotted keys that the user has set, which stay as they are. flops: of a step of a configuration, for one image.
     """
     flags = []
     if not {"model.width", "model.name"} & set(given):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=CPU_WIDTH))
         flags.append(f"--model.width {CPU_WIDTH}")
     if "batch_size" not in given:
-        fits = CPU_STEP_FLOPS / step_cost(build_method(config), _network(config, 2), image_size).total
+        fits = CPU_STEP_FLOPS / flops(config)
         batch = min(config.batch_size, max(CPU_LEAST_BATCH, 2 ** int(math.log2(max(fits, 1)))))
         config = dataclasses.replace(config, batch_size=batch)
         flags.append(f"--batch-size {batch}")
@@ -145,7 +145,12 @@ def cpu_sized(config: Config, given: Collection[str], image_size: tuple[int, int
 
 def _network(config: Config, classes: int):
     # By which mean and deviation the images are normalised changes no time.
-    return model_from_config(config, classes, (0.5,) * 3, (0.25,) * 3)
+    return model_from_config(config, classes, (0.5,) * 3, (0.25,) * 3, method_class(config.method).bn_sets)
+
+
+def _step_flops(config: Config, images: ImageSet) -> int:
+    model = _network(config, images.num_classes)
+    return step_cost(stage_method(config, 1, images, model, torch.device("cpu")), model, images.image_shape).total
 
 
 class _Run:

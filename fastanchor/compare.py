@@ -50,9 +50,13 @@ JUDGED = (
 # What a reader must know of where it differs; FAIR_ATTACK where a method trains on an adversary.
 FAIR = (
     "data.augment", "data.pad", "data.sampler", "data.extra", "model.name", "model.width", "model.view_bn", "epochs",
-    "batch_size", "optim.name", "optim.lr", "optim.schedule", "optim.weight_decay", "optim.ema_decay", "stage2.mode", "precision",
+    "batch_size", "optim.name", "optim.lr", "optim.schedule", "optim.weight_decay", "optim.ema_decay", "optim.awp_gamma",
+    "stage2.mode", "precision",
 )  # fmt: skip
-FAIR_ATTACK = ("attack.eps", "attack.norm", "attack.steps", "attack.step_size", "attack.bn", "attack.start")
+FAIR_ATTACK = (
+    "attack.eps", "attack.norm", "attack.steps", "attack.step_size", "attack.objective", "attack.bn", "attack.start",
+    "attack.start_radius", "attack.project",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

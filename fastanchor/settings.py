@@ -54,8 +54,6 @@ def with_method(config: Config, name: str, *, judged: bool = False) -> Config:
     """
     settings = NoSettings if judged and is_file(name) else method_class(name).Settings
     cls = config_class(settings)
-    if cls is type(config):
-        return dataclasses.replace(config, method=name)
     values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
     return cls(**values | {"method": name, "loss": settings()})
 

@@ -18,10 +18,13 @@ from fastanchor.data.dali import find_dali
 from fastanchor.data.geometry import CLEAN
 from fastanchor.errors import UserError
 from fastanchor.graphs import use_recorder
+from fastanchor.methods import build_method
 from fastanchor.ops.images import decide
 from fastanchor.pipes import Candidate, Pipe
 from fastanchor.settings import load_recipe, parse_flags
+from fastanchor.train.run import model_from_config
 from fastanchor.train.step import TrainStep
+from fastanchor.train.throughput import step_cost
 
 CPU = torch.device("cpu")
 TINY = (
@@ -146,19 +149,25 @@ def configured(*flags, recipe="pgd_at"):
 
 
 def test_a_cpus_step_is_cut_down_unless_the_user_has_said_its_sizes():
+    def cost_at(*image_size):
+        def flops(config):
+            return step_cost(build_method(config), model_from_config(config, 2, (0.5,) * 3, (0.25,) * 3), image_size).total
+
+        return flops
+
     config = load_recipe("pgd_at")
-    made, flags = bench_data.cpu_sized(config, (), (32, 32))
+    made, flags = bench_data.cpu_sized(config, (), cost_at(32, 32))
     assert (made.model.width, made.batch_size) == (16, 8) and flags == ["--model.width 16", "--batch-size 8"]
-    large, _ = bench_data.cpu_sized(config, (), (96, 96))
+    large, _ = bench_data.cpu_sized(config, (), cost_at(96, 96))
     assert large.batch_size == bench_data.CPU_LEAST_BATCH
     for given, expected in (
         ({"model.width"}, (None, 8)),
         ({"batch_size"}, (16, 128)),
         ({"model.width", "batch_size"}, (None, 128)),
     ):
-        made, flags = bench_data.cpu_sized(config, given, (32, 32))
+        made, flags = bench_data.cpu_sized(config, given, cost_at(32, 32))
         assert (made.model.width, made.batch_size) == expected and len(flags) == 2 - len(given)
-    assert bench_data.cpu_sized(config, {"model.width", "batch_size"}, (32, 32)) == (config, [])
+    assert bench_data.cpu_sized(config, {"model.width", "batch_size"}, cost_at(32, 32)) == (config, [])
 
 
 def test_views_are_those_of_the_step_and_as_many_more_as_asked_for():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fastanchor.errors import UserError
 from fastanchor.methods import build_method, method_class, title_of
 from fastanchor.settings import from_dict, parse_flags, to_dict
 from fastanchor.train import checkpoint
+from fastanchor.train.checks import check_config
 from fastanchor.train.run import RunDir, load_trained
 
 DOCS = (Path(__file__).parent.parent / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
@@ -82,8 +84,6 @@ def test_settings_of_a_file_are_typed_and_ranged(here):
     assert message == "unknown setting loss.beta = 1; the method alp.py has loss.pairing"
     assert from_dict(to_dict(config), "again") == config
     changed = dataclasses.replace(config, method="anchor")
-    from fastanchor.train.checks import check_config
-
     assert message_of(check_config, changed).startswith("method = anchor: loss holds another method's settings")
 
 
@@ -107,3 +107,28 @@ def test_bad_files_are_one_sentence(here, text, message):
 def test_a_wrong_name_is_told_with_the_nearest():
     message = message_of(method_class, "tradse")
     assert message.startswith("method = tradse: must be one of advcl, anchor, ") and message.endswith("did you mean 'trades'?")
+
+
+def test_a_file_with_annotations_as_text_is_read(here):
+    (here / "text.py").write_text(CODE.replace("from dataclasses", "from __future__ import annotations\n\nfrom dataclasses", 1))
+    assert parse_flags(["--method", "text.py", "--loss.pairing", "3"], Config()).loss.pairing == 3
+
+
+def test_more_views_than_a_feed_makes_are_refused(here):
+    (here / "four.py").write_text(CODE.replace('views = ("aug", "adv")', 'views = ("clean", "weak", "aug", "aug2", "adv")'))
+    message = message_of(check_config, parse_flags(["--method", "four.py"], Config()))
+    assert message == "method = four.py: takes 4 views of the data (clean, weak, aug, aug2): 3 at most"
+
+
+def test_a_checkpoint_cannot_name_a_file_to_run(tmp_path, tiny_run):
+    """config.yaml is the user's own, checkpoints are handed around."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    path = tmp_path / "run" / "checkpoints" / "best.pt"
+    state = checkpoint.load(path)
+    state["config"] |= {"method": str(tmp_path / "evil.py")}
+    checkpoint.save(path, state)
+    load_trained(path, torch.device("cpu"))
+    checkpoint.save(path.with_name("last.pt"), state | {"optimizer": {}})
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "ran").exists()

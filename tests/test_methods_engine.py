@@ -138,3 +138,30 @@ def test_captured_steps_are_the_plain_steps_on_a_gpu(images, config_of, name, st
         if key.startswith("loss"):
             assert value == pytest.approx(eager[key], rel=1e-2, abs=1e-3), key
             assert value == pytest.approx(plain[key], rel=2e-2, abs=2e-3), key
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("nuat", ["--loss.clean-mode", "train"]),
+        ("advcl", ["--attack.bn", "eval"]),
+        ("trades", []),
+    ],
+)
+def test_perturbed_weights_move_no_running_statistics_twice(images, config_of, name, flags):
+    """Views that are forwarded before the attack are forwarded again at the perturbed weights: only those forwards count."""
+    moved = []
+    for more in ([], ["--optim.awp-gamma", "0.01"]):
+        step = make_step(config_of(name, *flags, *more), images)
+        run(step, steps=1)
+        moved.append({key: int(value) for key, value in step.model.state_dict().items() if key.endswith("batches_tracked")})
+    assert moved[0] == moved[1]
+
+
+def test_flops_are_those_of_perturbed_weights_once_they_are(images, config_of):
+    step = make_step(config_of("trades_awp", "--optim.awp-start", "1"), images)
+    cost = step_cost(step.method, step.model, (32, 32))
+    assert cost.perturbed().total == cost.attack + 2 * cost.training
+    for progress, perturbs in ((0.5, False), (1.5, True)):
+        step(torch.arange(12), progress=progress)
+        assert step.perturbs_weights is perturbs

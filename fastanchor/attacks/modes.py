@@ -21,14 +21,23 @@ def attack_mode(model: nn.Module, bn: str) -> Iterator[None]:
     * "train_frozen": batch statistics are used, the running ones stay.
     """
     flags = [(module, module.training) for module in model.modules()]
-    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if bn == "train_frozen" else []
     try:
         model.train(bn != "eval")
+        with untracked(model) if bn == "train_frozen" else contextlib.nullcontext():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextlib.contextmanager
+def untracked(model: nn.Module) -> Iterator[None]:
+    """Running statistics stay as they are inside of it, whatever is forwarded; in training mode those of the batch are used."""
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
         for module in tracking:
             module.track_running_stats = False
         yield
     finally:
         for module in tracking:
             module.track_running_stats = True
-        for module, training in flags:
-            module.training = training

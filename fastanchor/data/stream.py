@@ -14,6 +14,9 @@ from fastanchor.data.geometry import Job
 from fastanchor.data.sources import Split
 from fastanchor.data.views import AUGMENTATIONS, Colours, Prepared
 
+# Views of one image that a feed can make.
+MOST_VIEWS = 3
+
 
 @dataclass(frozen=True)
 class FeedSpec:
@@ -37,7 +40,7 @@ class FeedSpec:
     indexed: bool = False
 
     def __post_init__(self):
-        if self.augment not in AUGMENTATIONS or not 1 <= len(self.names) <= 3:
+        if self.augment not in AUGMENTATIONS or not 1 <= len(self.names) <= MOST_VIEWS:
             raise ValueError(f"a feed gives one to three views, augmented by one of {AUGMENTATIONS}, not {self}")
 
 

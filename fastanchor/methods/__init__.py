@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from fastanchor.config import Config
@@ -63,11 +64,14 @@ def is_defended(config: Config) -> bool:
 def _load(path: Path, name: str) -> type[Method]:
     if not path.is_file():
         raise UserError(f"method = {name}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name that no module has: dataclasses look their module up by it, where annotations are kept as text.
+    spec = importlib.util.spec_from_file_location(f"fastanchor method {path}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise UserError(f"method = {name}: the file cannot be run: {type(error).__name__}: {error}") from error
     found = [
         value for value in vars(module).values()

@@ -6,6 +6,7 @@ nothing of it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastanchor.attacks import PGD
+from fastanchor.attacks.modes import untracked
 from fastanchor.config import Config
 from fastanchor.data.sources import ImageSet
 from fastanchor.losses import HardSupConLoss
@@ -170,6 +172,8 @@ class Runner:
     ):  # fmt: skip
         self.config, self.method, self.model, self.adversaries = config, method, model, adversaries
         self.generators, self.device = generators, device
+        # Whether the forwards of `perturb` leave running statistics alone, since all views will be forwarded again.
+        self.repeats = False
         self._forward = forward or method.forward
 
     def attack(self, name: str, images: Tensor, labels: Tensor, clean: Tensor | tuple | None = None) -> Tensor:
@@ -187,7 +191,8 @@ class Runner:
         embeddings: dict[str, Tensor] = {}
         for key, names in groups.items():
             stacked = torch.cat([views[name] for name in names]) if len(names) > 1 else views[names[0]]
-            with self._autocast(), bn_set(self.model, key.partition("/")[0]):
+            still = untracked(self.model) if self.repeats else contextlib.nullcontext()
+            with self._autocast(), still, bn_set(self.model, key.partition("/")[0]):
                 found, embedded = self._forward(self.model, stacked)
             batch = len(found) // len(names)
             logits |= zip(names, found.float().split(batch), strict=True)

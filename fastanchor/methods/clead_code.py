@@ -124,8 +124,8 @@ class CleadClassifier(LinearStage):
 
     def adversaries(self, model: nn.Module, progress: Tensor) -> dict[str, Adversary]:
         attack = self.config.attack
-        fgsm = {"steps": 1, "step_size": attack.eps or attack.step_size, "start": "zero", "project": True, "bn": "eval"}
-        return {"adv": Adversary(build_attack(self.config, **fgsm), self.source)}
+        fgsm = {"steps": 1, "step_size": attack.eps or attack.step_size, "start": "zero", "start_radius": None, "project": True}
+        return {"adv": Adversary(build_attack(self.config, bn="eval", **fgsm), self.source)}
 
     def perturb(self, run: Runner, made: dict[str, Tensor], labels: Tensor) -> None:
         clean = made[self.made_from["adv"]]
@@ -143,5 +143,7 @@ def fixed_network(config: Config, images: ImageSet, device: torch.device) -> nn.
     if len(found.class_names) != images.num_classes:
         counts = f"has {len(found.class_names)} classes, and must have {images.num_classes}, as {images.name} has"
         raise UserError(f"loss.source = {config.loss.source}: {counts}")
+    if set(found.class_names) == set(images.class_names) and found.class_names != images.class_names:
+        raise UserError(f"loss.source = {config.loss.source}: has the classes of {images.name} in another order")
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return found.model.requires_grad_(False).to(memory_format=layout)

@@ -64,8 +64,8 @@ class FullStage(Method):
 
     def adversaries(self, model: nn.Module, progress: Tensor) -> dict[str, Adversary]:
         # TRADES maximises its own divergence, from its own start: at the clean images it has no gradient.
-        attack = build_attack(self.config, "kl", start="gaussian") if self.trades else build_attack(self.config)
-        return {"adv": Adversary(attack, model)}
+        own = {"objective": "kl", "start": "gaussian", "start_radius": None} if self.trades else {}
+        return {"adv": Adversary(build_attack(self.config, **own), model)}
 
     def loss(self, out: Outputs, labels: Tensor, progress: Tensor) -> dict[str, Tensor]:
         adversarial = out.logits["adv"]

@@ -42,8 +42,11 @@ class Trades(Method):
     @classmethod
     def check(cls, config: Config) -> None:
         """Of the divergence the clean images are the minimum: an attack that starts there stays. Raises UserError."""
-        if config.attack.objective == "kl" and config.attack.start == "zero":
+        attack = config.attack
+        if attack.objective == "kl" and attack.start == "zero":
             raise UserError("attack.start = zero: the objective kl has no gradient there; write gaussian or uniform")
+        if attack.objective == "kl" and attack.start_radius == 0:
+            raise UserError("attack.start_radius = 0: the objective kl has no gradient at the clean images; write a radius > 0")
 
     def adversaries(self, model: nn.Module, progress: Tensor) -> dict[str, Adversary]:
         return {"adv": Adversary(build_attack(self.config, self.config.attack.objective), model)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from fastanchor.config import Config
+from fastanchor.data.stream import MOST_VIEWS
 from fastanchor.errors import UserError
 from fastanchor.evaluate.protocol import parse_attack
-from fastanchor.methods import build_attack, method_class
+from fastanchor.methods import build_attack, build_method, method_class
 from fastanchor.train.apex import find_apex
 from fastanchor.train.optim import check_optimizer
 
@@ -25,6 +26,15 @@ def check_config(config: Config) -> None:
     if method.selects == "last" and config.stage2.mode == "none":
         raise UserError(f"stage2.mode = none: nothing in {title} trains the classifier; write slf, alf or aff")
     method.check(config)
+    drawn = build_method(config).drawn
+    if len(drawn) > MOST_VIEWS:
+        raise UserError(
+            f"method = {config.method}: takes {len(drawn)} views of the data ({', '.join(drawn)}): {MOST_VIEWS} at most"
+        )
+    if not config.attack.project and config.attack.eps == 0:
+        raise UserError(
+            "attack.eps = 0: bounds nothing where attack.project is false; the method standard trains on clean images"
+        )
     build_attack(config)
     check_optimizer(config.optim)
     if config.engine.compile and config.attack.backend in ("reference", "eager", "graphed"):

@@ -39,7 +39,7 @@ from fastanchor.train.optim import (
 )
 from fastanchor.train.progress import Reporter, speed_line
 from fastanchor.train.run import RunDir, model_from_config
-from fastanchor.train.stages import check_order, epoch_indices, stage_config, stage_method, stages, train_set
+from fastanchor.train.stages import check_methods, check_order, epoch_indices, stage_config, stage_method, stages, train_set
 from fastanchor.train.step import TrainStep
 from fastanchor.train.throughput import StepCost, Throughput, step_cost
 from fastanchor.train.watch import Watch
@@ -63,6 +63,7 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
     backend, why = feeds.choose(config.data.backend, train_set(images), device)
     reporter.say(f"data: {images.why + '; ' if images.why else ''}fed by {backend}: {why}")
     check_order(config, images)
+    check_methods(config, images, device)
     if config.channels_last:
         network = model_from_config(config, images.num_classes, (0.5,) * 3, (0.25,) * 3)
         check_narrow_convolutions(network, images.image_shape, device)
@@ -95,7 +96,8 @@ def _run_stages(
     if note:
         reporter.say(f"warning: {note}")
     # Read anew: a checkpoint of an earlier version lacks the settings that came since, which then have their defaults.
-    if state is not None and from_dict(state["config"], str(run.checkpoints)) != config:
+    # The method first, as it is: to read settings of a file's method runs the file, and only config.yaml may name one.
+    if state is not None and (_method_of(state) != config.method or from_dict(state["config"], str(run.checkpoints)) != config):
         raise UserError(f"{run.path}: its checkpoint was written by another configuration than its config.yaml")
     trainer = _Trainer(config, images, run, device, reporter, started)
     if state is not None and state.get("data") != trainer.data:
@@ -116,6 +118,11 @@ def _run_stages(
     for stage in numbers:
         if state is None or stage >= state["stage"]:
             trainer.run_stage(stage, state if state is not None and state["stage"] == stage else None)
+
+
+def _method_of(state: dict[str, Any]) -> Any:
+    saved = state["config"]
+    return saved.get("method") if isinstance(saved, dict) else None
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -281,7 +288,8 @@ class _Trainer:
             self.reporter.step()
         row = {"stage": stage.number, "epoch": epoch, "lr": lr, **step.read()}
         row["seconds"] = time.perf_counter() - started
-        return row | self.throughput.epoch(trained, row["seconds"], stage.cost)
+        cost = stage.cost.perturbed() if step.perturbs_weights else stage.cost
+        return row | self.throughput.epoch(trained, row["seconds"], cost)
 
     def _collapsed(self, stage: _Stage, row: dict) -> bool:
         """Attack the watched images, if any; whether the stage is to end here."""

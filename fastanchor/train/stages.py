@@ -57,6 +57,12 @@ def check_order(config: Config, images: ImageSet) -> None:
             raise (UserError(f"stage 2: {error}") if number == 2 else error) from None
 
 
+def check_methods(config: Config, images: ImageSet, device: torch.device) -> None:
+    """What the stages' methods need besides the images is there and fits them. Raises UserError, before a run's folder exists."""
+    for number in stages(config):
+        build_method(stage_config(config, number), number).prepare(images, device)
+
+
 def stage_config(config: Config, number: int) -> Config:
     """The configuration as a stage sees it: stage 2 has its own schedule and batch size, and neither weight average nor AWP."""
     if number == 1:

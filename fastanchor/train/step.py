@@ -146,7 +146,9 @@ class TrainStep:
     def make_views(self, images: Images, labels: Tensor) -> tuple[dict[str, Tensor], Outputs | None]:
         """The method's inputs by name, adversarial ones too, and outputs that it has of some of them already."""
         made = self.data_views(images)
+        self.run.repeats = self.perturbs_weights
         early = self.method.perturb(self.run, made, labels)
+        self.run.repeats = False
         return {name: made[name] for name in self.method.views}, early
 
     def __call__(self, *batch: Tensor, progress: float) -> None:
@@ -166,13 +168,14 @@ class TrainStep:
         parts = {"augmentation": f"{'yes' if self.fused_views else 'no'}: {self._views_note}"}
         for name, note in self.method.notes.items():
             (parts if name == CONTRASTIVE else self.notes)[name] = note
-        for attack in self.attacks:
+        for name, adversary in self.run.adversaries.items():
             plain = "no: attack.backend = reference"
-            found = attack.engine.notes
-            self.notes["folded"] = found.get("folded", plain)
-            parts["attack"] = found.get("kernels", plain)
+            found = adversary.attack.engine.notes
+            which = f" ({name})" if len(self.attacks) > 1 else ""
+            self.notes["folded" + which] = found.get("folded", plain)
+            parts["attack" + which] = found.get("kernels", plain)
             if "refresh" in found:
-                parts["refresh of the twin"] = found["refresh"]
+                parts["refresh of the twin" + which] = found["refresh"]
         by_note: dict[str, list[str]] = {}
         for part, note in sorted(parts.items()):
             by_note.setdefault(note, []).append(part)
@@ -183,7 +186,8 @@ class TrainStep:
         names = {
             "folded": "attack on the BN-folded twin", "compiled": "torch.compile", "graphed": "CUDA graph", "kernels": "kernels",
         }  # fmt: skip
-        return "; ".join(f"{names.get(key, key)}: {note}" for key, note in sorted(self.notes.items()))
+        parts = [(*key.partition(" ("), note) for key, note in sorted(self.notes.items())]
+        return "; ".join(f"{names.get(what, what)}{mark}{which}: {note}" for what, mark, which, note in parts)
 
     def without_graph(self, reason: str) -> None:
         """Run without a graph of the whole step from now on, and give the graphs' memory back."""

@@ -31,6 +31,10 @@ class StepCost:
         """Both together."""
         return self.attack + self.training
 
+    def perturbed(self) -> StepCost:
+        """That of a step that perturbs the weights: its views are forwarded, and the loss goes back through them, twice."""
+        return StepCost(self.attack, 2 * self.training)
+
 
 def step_cost(method: Method, model: RobustClassifier, image_size: tuple[int, int]) -> StepCost:
     """FLOPs that `method` needs to train `model` on one image of (H, W) pixels.
@@ -38,7 +42,7 @@ def step_cost(method: Method, model: RobustClassifier, image_size: tuple[int, in
     With F = 2 * multiply-adds of a forward (`mac_count`: convolutions and matrix products):
         attack = F * (2 * steps + 1 for an objective that compares with the clean images)   each step: forward, input gradient
         training = 3 F * views                                                 forward, gradients of activations and weights
-    and training = F * views where the backbone is frozen (stage 2), twice as much while weights are perturbed (AWP).
+    and training = F * views where the backbone is frozen (stage 2).
     PGD-10 training of ResNet-18 on 32 x 32 pixels: F = 1.111, in all 25.5 GFLOP. F holds the projection where it is used.
     Neglected: that training needs no input gradient of the first layer (0.3 % of F), a lone classifier's gradients, BatchNorm,
     activations, the contrastive loss and the update.
@@ -54,7 +58,6 @@ def step_cost(method: Method, model: RobustClassifier, image_size: tuple[int, in
     )
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     forwards = 3 if any(id(parameter) in backbone for parameter in method.trainable(model)) else 1
-    forwards *= 2 if method.config.optim.awp_gamma > 0 else 1
     return StepCost(made, forwards * len(method.views) * forward(model, embed=method.embeds))
 
 
