@@ -121,7 +121,7 @@ def _train(arguments, settings: list[str]) -> int:
 
     if arguments.help:
         if arguments.recipe:
-            parse_flags(["--help"], load_recipe(arguments.recipe))
+            parse_flags([*settings, "--help"], load_recipe(arguments.recipe))
         arguments.parser.print_help()
         return 0
     if arguments.resume:

@@ -35,7 +35,7 @@ from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.files import make_folder, slug, write_text
 from fastanchor.methods import build_method, is_defended, title_of
 from fastanchor.pipeline import train_and_judge
-from fastanchor.settings import from_dict, get, load_recipe, parse_flags, read_yaml
+from fastanchor.settings import differing, from_dict, get, keys, load_recipe, parse_flags, prefixed, read_yaml
 from fastanchor.train.loop import check_config
 from fastanchor.train.progress import Reporter
 from fastanchor.train.run import RunDir
@@ -102,11 +102,17 @@ def load_plan(name: str) -> Plan:
     runs: dict[str, Config] = {}
     for entry in values["runs"]:
         _check_keys(entry, RUN_KEYS, RUN_KEYS[:2], f"{where}: runs")
-        title = str(entry["name"])
+        title = entry["name"]
+        if not isinstance(title, str):
+            raise UserError(f"{where}: name = {title}: must be a text")
         if slug(title) in map(slug, runs):
             raise UserError(f"{where}: two runs are named {title!r}, or nearly so: their folders would be one")
-        base = from_dict(values.get("set", {}), where, load_recipe(entry["recipe"]))
-        runs[title] = from_dict(entry.get("set", {}), f"{where}: {title}", base)
+        with prefixed(f"{where}: {title}"):
+            recipe = load_recipe(entry["recipe"])
+        own = entry.get("set", {})
+        if isinstance(own, dict) and "seed" in own:
+            raise UserError(f"{where}: {title}: seed = {own['seed']}: the plan states it for all runs; change 'seeds' there")
+        runs[title] = from_dict(own, f"{where}: {title}", from_dict(values.get("set", {}), where, recipe))
     attacks, seeds = values.get("attacks", ["pgd20"]), values.get("seeds", [0])
     if not isinstance(attacks, list) or not attacks:
         raise UserError(f"{where}: attacks = {attacks}: must be a list of attacks")
@@ -116,7 +122,9 @@ def load_plan(name: str) -> Plan:
         raise UserError(f"{where}: seeds = {seeds}: must be a list of whole numbers >= 0")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{where}: seeds = {seeds}: one of them stands there twice")
-    return Plan(str(values.get("title", name)), tuple(map(str, attacks)), tuple(seeds), runs)
+    if not isinstance(values.get("title", name), str):
+        raise UserError(f"{where}: title = {values['title']}: must be a text")
+    return Plan(values.get("title", name), tuple(map(str, attacks)), tuple(seeds), runs)
 
 
 def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) -> dict[str, Any]:
@@ -131,7 +139,7 @@ def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) ->
         if any(arg.partition("=")[0] == flag for arg in overrides):
             raise UserError(f"{flag}: the plan states it for all runs; change {key!r} there")
     configs = _judged_alike({name: parse_flags(overrides, base) for name, base in plan.runs.items()}, plan.attacks)
-    pending = [(name, _checked(configs[name], seed, out / f"{slug(name)}-seed{seed}")) for seed in plan.seeds for name in configs]
+    pending = [(name, _checked(name, configs[name], seed, out)) for seed in plan.seeds for name in configs]
     make_folder(out)
     outcomes: dict[str, list[_Outcome]] = {name: [] for name in configs}
     for number, (name, (config, run)) in enumerate(pending):
@@ -151,21 +159,31 @@ def run_plan(plan: Plan, out: Path, reporter: Reporter, overrides: list[str]) ->
     return summary
 
 
-def _checked(base: Config, seed: int, path: Path) -> tuple[Config, RunDir]:
+def _checked(name: str, base: Config, seed: int, out: Path) -> tuple[Config, RunDir]:
     """A run of the plan, its folder seen to be free or its own. Raises UserError, before anything has run."""
+    path = out / f"{slug(name)}-seed{seed}"
     config, run = dataclasses.replace(base, seed=seed), RunDir(path)
-    check_config(config)
-    if not (path / "config.yaml").exists():
+    with prefixed(name):
+        check_config(config)
+    if not (path / "config.yaml").exists() or run.is_blank():
         run.check_free()
-    elif run.open() != run.settled(config):
-        raise UserError(f"{path}: holds a run of other settings; choose another --out")
+        return config, run
+    begun, wanted = run.open(), run.settled(config)
+    # What a run is judged by may change: that is done anew, the training is not.
+    other = [key for key in differing(begun, wanted) if not key.startswith("eval.")]
+    if other:
+        values = [_shown(get(of, other[0])) if other[0] in keys(type(of)) else "not there" for of in (begun, wanted)]
+        raise UserError(
+            f"{path}: holds a run of other settings, {other[0]} = {values[0]} and not {values[1]}; delete that folder "
+            "to train it anew, or choose another --out"
+        )
     return config, run
 
 
 def _one(config: Config, run: RunDir, reporter: Reporter, first: bool) -> _Outcome:
     """Train and judge, or read, one run. Raises UserError where the first one cannot even begin."""
     outcome, started = _Outcome(config.seed, run), time.perf_counter()
-    resume = (run.path / "config.yaml").exists()
+    resume = (run.path / "config.yaml").exists() and not run.is_blank()
     _forget_peak_memory()
     try:
         outcome.results = train_and_judge(config, run, resume=resume, reporter=reporter)
@@ -225,8 +243,8 @@ def _differences(configs: dict[str, Config]) -> Iterator[str]:
     """A sentence for each setting that is not the same in all runs and bears on whether they can be compared."""
     attacked = {name: config for name, config in configs.items() if is_defended(config)}
     weak = {name: config for name, config in configs.items() if "weak" in build_method(config).drawn}
-    for keys, runs in ((FAIR, configs), (("data.weak",), weak), (FAIR_ATTACK, attacked)):
-        for key in keys:
+    for looked_at, runs in ((FAIR, configs), (("data.weak",), weak), (FAIR_ATTACK, attacked)):
+        for key in looked_at:
             found: dict[Any, list[str]] = {}
             for name, config in runs.items():
                 found.setdefault(get(config, key), []).append(name)

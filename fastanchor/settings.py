@@ -71,6 +71,14 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
+def differing(one: Config, other: Config) -> Iterator[str]:
+    """The dotted keys in which two configurations differ, those that only one of them has included."""
+    sides = [{key: get(config, key) for key in keys(type(config))} for config in (one, other)]
+    yield from (
+        key for key in dict.fromkeys((*sides[0], *sides[1])) if key not in sides[0] or sides[0].get(key) != sides[1].get(key)
+    )
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain Python values (lists for tuples), as YAML and checkpoints hold them."""
 

@@ -278,7 +278,7 @@ def test_unknown_plan_and_recipe_in_a_plan(refused, tmp_path):
     )
     path = tmp_path / "plan.yaml"
     path.write_text("runs: [{name: a, recipe: standart}]")
-    assert refused("compare", path).startswith("recipe 'standart' is not known; did you mean 'standard'?")
+    assert "a: recipe 'standart' is not known; did you mean 'standard'?" in refused("compare", path)
     path.write_text(RUN)
     assert refused("compare", path, "--epochs", "x") == "epochs = x: must be a whole number"
     path.write_text("attacks: [pdg20]\n" + RUN)

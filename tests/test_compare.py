@@ -76,7 +76,17 @@ def test_two_runs_and_two_seeds_in_one_table(plan, tmp_path, capsys, no_reports)
     assert capsys.readouterr().out.count("finished already") == 4
     assert json.loads((out / "compare.json").read_text()) == again
     assert main(["compare", str(plan), "--out", str(out)]) == 2
-    assert "holds a run of other settings; choose another --out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "holds a run of other settings, optim.momentum = 0.8 and not 0.9; delete that folder to train it anew" in said
+
+    # Other attacks, and only they, are judged anew: nothing is trained for them.
+    values = yaml.safe_load(plan.read_text())
+    plan.write_text(yaml.safe_dump(values | {"attacks": ["pgd3"]}))
+    assert main(["compare", str(plan), "--out", str(out), "--optim.momentum", "0.8"]) == 0
+    assert capsys.readouterr().out.count("finished already") == 4
+    other = json.loads((out / "compare.json").read_text())
+    assert [row["clean"] for row in other["rows"]] == [row["clean"] for row in again["rows"]]
+    assert [list(row["robust"]) for row in other["rows"]] == [["PGD-3 (eps 0.02, step 0.005, uniform start, 1 restart)"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -94,6 +104,12 @@ def test_two_runs_and_two_seeds_in_one_table(plan, tmp_path, capsys, no_reports)
         ("{runs: [{name: a, recipe: anchor}], attacks: [pgdx]}", "attack 'pgdx'"),
         ("{runs: [{name: a, recipe: anchor}], seeds: [x]}", "seeds = ['x']: must be a list of whole numbers >= 0"),
         ("{runs: [{name: a, recipe: anchor}], attacks: []}", "attacks = []: must be a list of attacks"),
+        (
+            "{runs: [{name: a, recipe: anchor, set: {seed: 3}}]}",
+            "a: seed = 3: the plan states it for all runs; change 'seeds' there",
+        ),
+        ("{runs: [{name: 7, recipe: anchor}]}", "name = 7: must be a text"),
+        ("{runs: [{name: a, recipe: anchor}], title: [1]}", "title = [1]: must be a text"),
         ("{runs: [{name: a, recipe: anchor}], seeds: [0, 0]}", "seeds = [0, 0]: one of them stands there twice"),
     ],
 )

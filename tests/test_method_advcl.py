@@ -464,7 +464,7 @@ def test_pseudo_labels_of_a_file_stay(tmp_path):
         ("--loss.recluster-epochs=-1", "loss.recluster_epochs = -1: must be >= 0"),
         ("--loss.beta 1", "unknown setting loss.beta"),
         ("--stage2.mode none", "stage2.mode = none: nothing in AdvCL trains the classifier"),
-        ("--attack.objective ce", "attack.objective = ce: the adversary of AdvCL maximises one of ce.contrastive"),
+        ("--attack.objective ce", "attack.objective = ce: the adversary of AdvCL maximises ce.contrastive"),
     ],
 )
 def test_bad_settings(flags, said):

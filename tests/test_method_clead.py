@@ -273,7 +273,7 @@ def test_the_classifiers_batches_are_clean_or_fgsm_images_of_the_fixed_network(s
     fgsm = (clean + 0.1 * gradient.sign()).clamp(0, 1)
     attacked = 0
     for _ in range(24):
-        made = step.make_views(images, labels)[0]["adv"].double()
+        made = step.make_views(images, labels)[0]["either"].double()
         is_clean = torch.allclose(made, clean, atol=1e-6)
         is_fgsm = ((made - fgsm).abs() < 1e-5).double().mean() > 0.995
         assert is_clean != is_fgsm

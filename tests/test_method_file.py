@@ -39,13 +39,13 @@ def message_of(function, *args):
     return str(caught.value)
 
 
-def test_the_documented_command_trains_resumes_and_is_judged_without_the_file(here, monkeypatch):
+def test_the_documented_command_trains_resumes_and_is_judged_without_the_file(here, monkeypatch, capsys):
     assert cli.main([*COMMAND, *SMALL, "--out", "run"]) == 0
     rows = RunDir("run").history()
     assert [row["epoch"] for row in rows] == [1, 2]
     assert all({"loss_ce_adv", "loss_pairing", "accuracy_aug", "accuracy_adv"} <= row.keys() for row in rows)
     config = RunDir("run").open()
-    assert (config.method, config.loss.pairing, title_of(config)) == ("alp.py", 0.3, "alp")
+    assert (config.method, config.loss.pairing, title_of(config)) == ("alp.py", 0.3, "ALP")
 
     whole = checkpoint.load(Path("run/checkpoints/last.pt"))["weights"]
     (here / "run/checkpoints/last.pt").unlink()  # what a kill after the first epoch leaves
@@ -58,7 +58,11 @@ def test_the_documented_command_trains_resumes_and_is_judged_without_the_file(he
     assert load_trained("run", torch.device("cpu")).config.method == "alp.py"
     assert cli.main(["eval", "run", "--attack", "pgd1"]) == 0
     assert cli.main(["report", "run"]) == 0
+    assert "ALP, resnet18" in (here / "run" / "report.html").read_text()
     assert cli.main(["train", "--resume", "run"]) == 2
+    (here / "alp.py").write_text(CODE + "\n# another method\n")
+    assert cli.main(["train", "--resume", "run"]) == 2
+    assert "alp.py is not what the run began with, which is run/method.py" in capsys.readouterr().err
 
 
 def test_its_loss_is_the_documented_formula(here):
@@ -94,6 +98,10 @@ def test_settings_of_a_file_are_typed_and_ranged(here):
         ("x = 1", "method = my.py: must define one subclass of fastanchor.methods.Method, has 0"),
         (CODE + "\n\nclass Second(LogitPairing):\n    pass\n",
          "method = my.py: must define one subclass of fastanchor.methods.Method, has 2"),
+        ("import sys\nsys.exit(3)", "method = my.py: the file cannot be run: SystemExit: 3"),
+        (CODE.replace("@dataclass(frozen=True)\n", ""), "method = my.py: Settings must be a frozen dataclass"),
+        (CODE.replace("Number = 0.5", "Number"), "method = my.py: pairing of Settings must have a default"),
+        (CODE.replace("def loss", "def lost"), "method = my.py: LogitPairing must define loss(self, out, labels, progress)"),
         ("def f(:", "method = my.py: the file cannot be run: SyntaxError: "),
         ("import nothing_of_this_name", "method = my.py: the file cannot be run: ModuleNotFoundError: "),
     ],
@@ -102,6 +110,35 @@ def test_bad_files_are_one_sentence(here, text, message):
     if text is not None:
         (here / "my.py").write_text(text, encoding="utf-8")
     assert message_of(method_class, "my.py").startswith(message)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('views = ("aug", "adv")', 'views = ("aug", "adv", "foo")', "nothing makes the view 'foo'; there are aug, adv"),
+        ('"pairing": self', '"pairing": 0.5, "other": self', "the term 'pairing' of its loss is float, must be a 0-d tensor"),
+        (".sum(1).mean()", ".sum(1)", "the term 'pairing' of its loss is a tensor of shape (20,), must be a 0-d tensor"),
+        ("        return {\n            \"ce", "        if True:\n            return None\n        return {\n            \"ce",
+         "loss returns NoneType, must be a dict of terms"),
+    ],
+)  # fmt: skip
+def test_what_a_method_returns_is_looked_at_and_the_folder_is_free_again(here, capsys, old, new, message):
+    assert old in CODE
+    (here / "alp.py").write_text(CODE.replace(old, new, 1), encoding="utf-8")
+    assert cli.main([*COMMAND, *SMALL, "--epochs", "1", "--out", "run"]) == 2
+    assert f"method = alp.py: {message}" in capsys.readouterr().err
+    assert cli.main([*COMMAND, *SMALL, "--method", "pgd_at", "--epochs", "1", "--out", "run"]) == 2  # loss.pairing is alp's
+    methods._files.clear()
+    (here / "alp.py").write_text(CODE, encoding="utf-8")
+    assert cli.main([*COMMAND, *SMALL, "--epochs", "1", "--out", "run"]) == 0
+
+
+def test_help_shows_the_settings_of_the_method_that_is_asked_for(here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "pgd_at", "--method", "alp.py", "--help"])
+    assert not stop.value.code
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--loss.pairing" in text and "squared distance between" in text and "--loss.ce-adv" not in text
 
 
 def test_a_wrong_name_is_told_with_the_nearest():

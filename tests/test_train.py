@@ -257,6 +257,20 @@ def test_a_run_never_overwrites(images, tmp_path):
     assert (run.path / "precious").read_text() == "x"
 
 
+def test_a_run_without_a_finished_epoch_is_begun_anew(images, tmp_path):
+    """Nothing is lost with it, and the corrected command must not be in its way; one that somebody trains stays."""
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match="diverged"):
+        train(config_of("--optim.lr", "1e30"), images, run)
+    assert run.is_blank() and not any(run.checkpoints.iterdir())
+    with run.locked():
+        assert not run.is_blank()
+        with pytest.raises(UserError, match="exists and is not empty"):
+            train(config_of("--epochs", "1"), images, run)
+    train(config_of("--epochs", "1"), images, run)
+    assert run.open().optim.lr < 1 and [row["epoch"] for row in run.history()] == [1] and not run.is_blank()
+
+
 def test_stage_2_starts_from_the_best_backbone_and_leaves_it_alone(images, tmp_path):
     run = RunDir(tmp_path / "run")
     train(config_of("--stage2.mode", "alf"), images, run)

@@ -51,7 +51,7 @@ def learning_section(trained: Trained, rows: list[Row], images: ImageSet) -> str
         spec = parse_attack(trained.config.watch.attack, default_eps=trained.config.attack.eps).describe()
         small_caption += (
             f" Watched images: robust accuracy of {trained.config.watch.images} training images under {spec} after each epoch; a "
-            "fall from one epoch to the next, while accuracy under the training attack rises, is catastrophic overfitting."
+            "fall from one epoch to the next that accuracy under the training attack does not follow is catastrophic overfitting."
         )
     if _series(rows, "effective_positives"):
         small_caption += (
@@ -178,7 +178,9 @@ def _accuracy_panels(trained: Trained, rows: list[Row], axis: Row) -> tuple[str,
 def _accuracy_caption(config: Config, rows: list[Row], images: ImageSet, count: int) -> str:
     attack = config.attack
     bn = f"BatchNorm in {attack.bn} mode while attacking" + ("" if attack.norm == "linf" else f", {attack.norm}")
-    adversary = f"PGD-{attack.steps} (eps {fraction(attack.eps)}, step {fraction(attack.step_size)}, {attack.start} start, {bn})"
+    radius = "" if attack.start_radius is None else f" of radius {fraction(attack.start_radius)}"
+    start = f"{attack.start} start{radius}{'' if attack.project else ', no projection'}"
+    adversary = f"PGD-{attack.steps} (eps {fraction(attack.eps)}, step {fraction(attack.step_size)}, {start}, {bn})"
     train = [f"robust under the training attack, {adversary}"] if _series(rows, "accuracy_adv") else []
     if _series(rows, _clean_key(rows)):
         train.append("clean on images as they are" if _clean_key(rows) == "accuracy_clean" else "clean on augmented images")
@@ -188,11 +190,12 @@ def _accuracy_caption(config: Config, rows: list[Row], images: ImageSet, count: 
     if any("val_robust" in row for row in rows):
         judge = parse_attack(config.val.attack, default_eps=attack.eps)
         text += f" Validation, after the epoch: robust under {judge.describe()}, n = {count} images."
-    text += (
-        " How to read it: where robust train accuracy (dashed) goes on rising while robust validation accuracy "
-        "(solid) falls, the model overfits to its adversary. A ring is a stage's best epoch on the validation "
-        "split, the dotted line the checkpoint judged here."
-    )
+    if _series(rows, "accuracy_adv"):
+        text += (
+            " How to read it: where robust train accuracy (dashed) goes on rising while robust validation accuracy (solid) "
+            "falls, the model overfits to its adversary."
+        )
+    text += " A ring is a stage's best epoch on the validation split, the dotted line the checkpoint judged here."
     if any(row["stage"] == 2 for row in rows):
         # Where no epoch of stage 1 was validated, its last one was kept.
         kept = "best" if any("val_robust" in row for row in rows if row["stage"] == 1) else "last"

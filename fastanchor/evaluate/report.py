@@ -157,8 +157,9 @@ def head(context: _Context) -> str:
         note += "</p>"
     config = trained.config
     data, state = context.images, trained.state
+    title = state.get("title") or title_of(config)
     facts = {
-        "method": f"{title_of(config)}, {config.model.name}" + (f", width {config.model.width}" if config.model.width else ""),
+        "method": f"{title}, {config.model.name}" + (f", width {config.model.width}" if config.model.width else ""),
         "checkpoint": f"{trained.path.name}: stage {state['stage']}, epoch {state['epoch']}",
         "data": f"{data.name}: {len(data.train)} train, {len(data.val)} validation, {len(data.test)} test images",
         "device": device_name(context),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -51,8 +52,10 @@ def method_class(name: str) -> type[Method]:
 
 
 def title_of(config: Config) -> str:
-    """The method's name for people. A method in a file is not loaded for it."""
-    title = Path(config.method).stem if is_file(config.method) else method_class(config.method).describe(config)
+    """The method's name for people. A method in a file is not loaded for it: it goes by its file's name then."""
+    path = Path(config.method)
+    found = _files.get(path.resolve()) if is_file(config.method) else method_class(config.method)
+    title = path.stem if found is None else found.describe(config)
     return f"{title} + AWP" if config.optim.awp_gamma > 0 else title
 
 
@@ -70,7 +73,7 @@ def _load(path: Path, name: str) -> type[Method]:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise UserError(f"method = {name}: the file cannot be run: {type(error).__name__}: {error}") from error
     found = [
@@ -79,7 +82,20 @@ def _load(path: Path, name: str) -> type[Method]:
     ]  # fmt: skip
     if len(found) != 1:
         raise UserError(f"method = {name}: must define one subclass of fastanchor.methods.Method, has {len(found)}")
+    _check_class(found[0], name)
     return found[0]
+
+
+def _check_class(found: type[Method], name: str) -> None:
+    """What a method of one's own easily lacks, said before anything is trained. Raises UserError."""
+    settings = found.Settings
+    if not dataclasses.is_dataclass(settings) or not settings.__dataclass_params__.frozen:
+        raise UserError(f"method = {name}: Settings must be a frozen dataclass")
+    for entry in dataclasses.fields(settings):
+        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise UserError(f"method = {name}: {entry.name} of Settings must have a default")
+    if found.loss is Method.loss:
+        raise UserError(f"method = {name}: {found.__name__} must define loss(self, out, labels, progress)")
 
 
 def build_method(config: Config, stage: int = 1) -> Method:

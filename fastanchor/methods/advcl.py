@@ -88,13 +88,19 @@ class AdvCL(Method):
         super().__init__(config)
         self.contrastive = SupConLoss(self.settings.temperature, backend=LOSS_BACKENDS[config.engine.kernels])
 
+    @classmethod
+    def describe(cls, config: Config) -> str:
+        """Without the authors' pseudo-labels its figures are not theirs."""
+        return cls.title if config.loss.pseudo_labels is not None else "AdvCL (pseudo-labels by its own features)"
+
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         file, clusters = self.settings.pseudo_labels, self.settings.clusters
         self.images = images.train if images.extra is None else Mixed(images.train, images.extra)
-        check_clusters(clusters, len(self.images))
         # Which images of its source a split has: without validation images a file for all of CIFAR-10 would be too long.
         origin = getattr(self.images, "origin", None)
         self.given = None if file is None else read_pseudo_labels(file, clusters, len(self.images), origin)
+        if file is None:
+            check_clusters(clusters, len(self.images))
 
     def build(self, model: nn.Module) -> nn.Module:
         heads = PseudoHeads(model.backbone.num_features, self.settings.clusters, len(self.images))

@@ -117,7 +117,8 @@ class CleadClassifier(LinearStage):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.views = ("adv",)
+        # Clean images or another network's adversarial ones: no accuracy on them is robust accuracy.
+        self.views, self.made_from = ("either",), {"either": self.made_from["adv"]}
 
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         self.source = fixed_network(self.config, images, device)
@@ -128,11 +129,11 @@ class CleadClassifier(LinearStage):
         return {"adv": Adversary(build_attack(self.config, bn="eval", **fgsm), self.source)}
 
     def perturb(self, run: Runner, made: dict[str, Tensor], labels: Tensor) -> None:
-        clean = made[self.made_from["adv"]]
+        clean = made[self.made_from["either"]]
         adversarial = run.attack("adv", clean, labels)
         # Drawn and chosen on the device, for the whole batch: a captured step cannot branch on it.
         attacked = torch.rand((), device=clean.device, generator=run.generators["attack"]) < self.settings.fgsm_share
-        made["adv"] = torch.where(attacked, adversarial, clean)
+        made["either"] = torch.where(attacked, adversarial, clean)
 
 
 def fixed_network(config: Config, images: ImageSet, device: torch.device) -> nn.Module:
@@ -143,7 +144,11 @@ def fixed_network(config: Config, images: ImageSet, device: torch.device) -> nn.
     if len(found.class_names) != images.num_classes:
         counts = f"has {len(found.class_names)} classes, and must have {images.num_classes}, as {images.name} has"
         raise UserError(f"loss.source = {config.loss.source}: {counts}")
-    if set(found.class_names) == set(images.class_names) and found.class_names != images.class_names:
-        raise UserError(f"loss.source = {config.loss.source}: has the classes of {images.name} in another order")
+    if found.class_names != images.class_names:
+        raise UserError(f"loss.source = {config.loss.source}: knows other classes than {images.name}, or in another order")
+    if found.config.method != "standard":
+        raise UserError(
+            f"loss.source = {config.loss.source}: must be an undefended network, method standard, is {found.config.method}"
+        )
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     return found.model.requires_grad_(False).to(memory_format=layout)

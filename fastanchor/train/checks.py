@@ -18,11 +18,9 @@ def check_config(config: Config) -> None:
     method, objective = method_class(config.method), config.attack.objective
     if not isinstance(config.loss, method.Settings):
         raise UserError(f"method = {config.method}: loss holds another method's settings; use settings.with_method")
-    title = method.describe(config)
+    title = method.title or method.__name__
     if method.objectives and objective not in method.objectives:
-        raise UserError(
-            f"attack.objective = {objective}: the adversary of {title} maximises one of {', '.join(method.objectives)}"
-        )
+        raise UserError(f"attack.objective = {objective}: the adversary of {title} maximises {' or '.join(method.objectives)}")
     if method.selects == "last" and config.stage2.mode == "none":
         raise UserError(f"stage2.mode = none: nothing in {title} trains the classifier; write slf, alf or aff")
     method.check(config)
@@ -35,7 +33,10 @@ def check_config(config: Config) -> None:
         raise UserError(
             "attack.eps = 0: bounds nothing where attack.project is false; the method standard trains on clean images"
         )
-    build_attack(config)
+    try:
+        build_attack(config)
+    except UserError as error:
+        raise UserError(f"attack.{error}") from error  # which begins with the setting's name
     check_optimizer(config.optim)
     if config.engine.compile and config.attack.backend in ("reference", "eager", "graphed"):
         raise UserError(

@@ -26,7 +26,7 @@ from fastanchor.errors import UserError
 from fastanchor.evaluate.accuracy import measure
 from fastanchor.evaluate.protocol import parse_attack
 from fastanchor.methods import Method, method_class, title_of
-from fastanchor.settings import from_dict, to_dict
+from fastanchor.settings import differing, from_dict, to_dict
 from fastanchor.train import checkpoint
 from fastanchor.train.checks import check_config, check_device
 from fastanchor.train.memory import check_narrow_convolutions, explain_out_of_memory, within_memory
@@ -68,6 +68,7 @@ def train(config: Config, images: ImageSet, run: RunDir, *, resume: bool = False
         network = model_from_config(config, images.num_classes, (0.5,) * 3, (0.25,) * 3)
         check_narrow_convolutions(network, images.image_shape, device)
     if resume:
+        run.check_method(config)
         run.describe(device)
     else:
         # Memory is not what it is now when the run is resumed, and its bits are the backend's.
@@ -97,8 +98,11 @@ def _run_stages(
         reporter.say(f"warning: {note}")
     # Read anew: a checkpoint of an earlier version lacks the settings that came since, which then have their defaults.
     # The method first, as it is: to read settings of a file's method runs the file, and only config.yaml may name one.
-    if state is not None and (_method_of(state) != config.method or from_dict(state["config"], str(run.checkpoints)) != config):
-        raise UserError(f"{run.path}: its checkpoint was written by another configuration than its config.yaml")
+    if state is not None:
+        where = str(run.checkpoints)
+        other = _method_of(state) != config.method
+        if other or any(True for key in differing(from_dict(state["config"], where), config) if not key.startswith("eval.")):
+            raise UserError(f"{run.path}: its checkpoint was written by another configuration than its config.yaml")
     trainer = _Trainer(config, images, run, device, reporter, started)
     if state is not None and state.get("data") != trainer.data:
         raise UserError(
@@ -344,6 +348,7 @@ class _Trainer:
             "config": to_dict(self.config),
             "data": self.data,
             "class_names": list(self.class_names),
+            "title": title_of(self.config),
             "bn_sets": list(self.bn_sets),
             "mean": list(self.mean),
             "std": list(self.std),

@@ -4,6 +4,7 @@ RUN/config.yaml       resolved configuration             RUN/checkpoints/best.pt
 RUN/env.json          versions, device, commit, command  RUN/checkpoints/last.pt   training state after the last epoch
 RUN/metrics.jsonl     one object an epoch                RUN/checkpoints/previous.pt  the state before that
 RUN/summary.csv       the same as a table                RUN/eval/*.json           evaluations
+RUN/method.py         a method's file as it was, where the method is one's own
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import fcntl
 import io
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,14 @@ from fastanchor import environment, settings
 from fastanchor.config import Config
 from fastanchor.errors import UserError
 from fastanchor.files import write_text
+from fastanchor.methods import is_file
 from fastanchor.models import RobustClassifier, build_model
 from fastanchor.models.bnsets import add_bn_sets
 from fastanchor.train import checkpoint
+
+
+# What a run writes before its first epoch has ended.
+BEGUN = ("config.yaml", "env.json", "method.py", "metrics.jsonl", "summary.csv")
 
 
 class RunDir:
@@ -37,20 +44,41 @@ class RunDir:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        # What a method in a file was when the run began: to be read by people, never run.
+        self.method_file = self.path / "method.py"
 
     def check_free(self) -> None:
         """Raise UserError where something is in the way of a new run."""
+        if self.is_blank():
+            return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             more = f"; to go on with it: fastanchor train --resume {self.path}" if (self.path / "config.yaml").exists() else ""
             raise UserError(f"{self.path}: exists and is not empty, and a run never overwrites one{more}")
+
+    def is_blank(self) -> bool:
+        """Whether it is a run that ended before its first epoch did, and nobody is at work on: there is nothing to lose in it."""
+        if not (self.path / "config.yaml").is_file() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+            return False
+        if not {entry.name for entry in self.path.iterdir()} <= {*BEGUN, "train.log", ".lock", "checkpoints"}:
+            return False
+        try:
+            with self.locked():
+                return True
+        except UserError:
+            return False
 
     def create(self, config: Config, device: torch.device) -> None:
         """Make the folder and write config.yaml and env.json. Raises UserError where something is in the way."""
         self.check_free()
         try:
+            if self.is_blank():
+                for left in BEGUN:
+                    (self.path / left).unlink(missing_ok=True)
             # The configuration comes first: from there on the run can be resumed.
-            self.checkpoints.mkdir(parents=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", settings.dump(config))
+            if is_file(config.method):
+                shutil.copyfile(config.method, self.method_file)
             self.describe(device)
         except OSError as error:
             raise UserError(f"{self.path}: the run's folder cannot be written ({error.strerror})") from None
@@ -66,6 +94,13 @@ class RunDir:
         if not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: not a run: it has no config.yaml")
         return settings.load_file(self.path / "config.yaml", judged=judged)
+
+    def check_method(self, config: Config) -> None:
+        """The file of a method is what it was when this run began. Raises UserError."""
+        if not is_file(config.method) or not self.method_file.exists():
+            return
+        if self.method_file.read_bytes() != Path(config.method).read_bytes():
+            raise UserError(f"{self.path}: {config.method} is not what the run began with, which is {self.method_file}")
 
     def settled(self, config: Config) -> Config:
         """`config` with what `data.backend` auto came to when this run began; as it is where that is not known."""

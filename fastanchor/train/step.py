@@ -149,6 +149,8 @@ class TrainStep:
         self.run.repeats = self.perturbs_weights
         early = self.method.perturb(self.run, made, labels)
         self.run.repeats = False
+        if missing := [name for name in self.method.views if name not in made]:
+            raise UserError(f"method = {self.config.method}: nothing makes the view {missing[0]!r}; there are {', '.join(made)}")
         return {name: made[name] for name in self.method.views}, early
 
     def __call__(self, *batch: Tensor, progress: float) -> None:
@@ -228,7 +230,7 @@ class TrainStep:
         if self.perturbs_weights:
 
             def loss() -> Tensor:
-                return _total(self.method.loss(self.run.forward(views), labels, self.progress))
+                return _total(self._terms(self.run.forward(views), labels))
 
             # The outputs that there are already are of the weights as they were.
             early, weights = None, awp.perturbed(self.network, self.parameters, self.config.optim.awp_gamma, loss)
@@ -236,7 +238,7 @@ class TrainStep:
             weights = contextlib.nullcontext()
         with weights:
             out = self.run.outputs(views, early)
-            terms = self.method.loss(out, labels, self.progress)
+            terms = self._terms(out, labels)
             total = _total(terms)
             total.backward()
         norm = self._clip()
@@ -245,6 +247,16 @@ class TrainStep:
             self.average.update(self.model)
         with torch.no_grad():
             self._record(terms, total.detach(), norm, out, labels)
+
+    def _terms(self, out: Outputs, labels: Tensor) -> dict[str, Tensor]:
+        terms = self.method.loss(out, labels, self.progress)
+        if not isinstance(terms, dict) or not terms:
+            raise UserError(f"method = {self.config.method}: loss returns {type(terms).__name__}, must be a dict of terms")
+        for name, term in terms.items():
+            if not isinstance(term, Tensor) or term.ndim:
+                found = f"a tensor of shape {tuple(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+                raise UserError(f"method = {self.config.method}: the term {name!r} of its loss is {found}, must be a 0-d tensor")
+        return terms
 
     def _clip(self) -> Tensor:
         """Total norm of the gradient, after which it is clipped where the recipe says so."""
