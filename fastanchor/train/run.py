@@ -32,7 +32,6 @@ from fastanchor.models import RobustClassifier, build_model
 from fastanchor.models.bnsets import add_bn_sets
 from fastanchor.train import checkpoint
 
-
 # What a run writes before its first epoch has ended.
 BEGUN = ("config.yaml", "env.json", "method.py", "metrics.jsonl", "summary.csv")
 
