@@ -17,7 +17,7 @@ RECORDS = Path(__file__).parents[1] / "bench" / "records"
 # Of fastanchor's own programs: training runs, evaluations, `fastanchor compare`, `fastanchor bench-data`.
 NOT_OF_BENCH = {
     "env.json", "demo-compare.json", "precision-digits.json", "precision-photos.json", "folder.json", "packed-uint8.json",
-    "packed-jpeg.json",
+    "packed-jpeg.json", "compare.json",
 }  # fmt: skip
 MADE = {
     "run": bench_files.gpu_file, "bench": bench_files.bench_file, "ladder": bench_files.ladder_file,
