@@ -331,14 +331,13 @@ def digits():
     return sources.load("digits", limit=120, val_fraction=0.1)
 
 
-@pytest.mark.parametrize("flags", ["--loss.distance cosine"])
-def test_recipe_lowers_its_own_loss_on_digits(digits, tmp_path, flags):
+def test_recipe_lowers_its_own_loss_on_digits(digits, tmp_path):
     base = (
         "--data.source digits --data.limit 120 --data.val-fraction 0.1 --data.augment crop --data.pad 1 --model.width 4 "
         "--attack.steps 2 --attack.step-size 0.02 --epochs 4 --batch-size 24 --optim.lr 0.05 --val.attack pgd2 --val.every 4"
     )
     run = RunDir(tmp_path / "run")
-    train(parse_flags([*base.split(), *flags.split()], load_recipe("ascl")), digits, run)
+    train(parse_flags(base.split(), load_recipe("ascl")), digits, run)
     history = run.history()
     assert all(math.isfinite(row["loss"]) for row in history)
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
