@@ -305,7 +305,8 @@ class _Run:
         split, size = self.split, self.config.batch_size
         order = self._order(0)[:size]
         stored = split.gather(order).to(self.device)
-        labels = self.images.train.labels[order % len(self.images.train)].to(self.device)
+        labels = self.images.train.labels[order % len(self.images.train)]
+        labels = (torch.stack([labels, order], 1) if self.spec.indexed else labels).to(self.device)
         ceiling = labels, *(views.to_float(stored) for _ in self.names)
         still = Still(split, dataclasses.replace(self.spec, workers=0), stored)
 

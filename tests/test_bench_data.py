@@ -170,6 +170,13 @@ def test_a_cpus_step_is_cut_down_unless_the_user_has_said_its_sizes():
     assert bench_data.cpu_sized(config, {"model.width", "batch_size"}, cost_at(32, 32)) == (config, [])
 
 
+def test_a_method_with_indexed_labels_and_heads_is_measured():
+    flags = ["--loss.clusters", "2", "5", "--attack.steps", "1", "--data.augment", "crop", "--data.weak", "crop"]
+    found = bench_data.measure(configured(*flags, recipe="advcl"), rounds=1, say=lambda text: None)
+    fed = [row for row in found["rows"] if "feeding" in row]
+    assert len(fed) >= 2 and all(row["feeding"]["images_per_s"] for row in fed)
+
+
 def test_views_are_those_of_the_step_and_as_many_more_as_asked_for():
     anchor = configured("--loss.views", "clean+aug+adv", recipe="anchor")
     assert bench_data.view_names(configured(), None) == ("aug",) and bench_data.view_names(configured(), 1) == ("aug",)
