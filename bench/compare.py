@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import program
+from bench import program, schema
 from fastanchor.errors import UserError
 from fastanchor.files import make_place
 
@@ -84,12 +84,7 @@ class Run:
 
 def load(path: Path) -> Run:
     """Read one file of RUNS, pytest-benchmark or bench.ladder; UserError where it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{path}: is not JSON") from None
+    found = schema.read(path)
     readers = {"results": (RUNS[0], _results), "ladders": ("bench.ladder", _ladder), "benchmarks": ("make bench", _pytest)}
     holds = next((key for key in readers if isinstance(found, dict) and key in found), None)
     kind, reader = readers.get(holds, (None, None))
@@ -184,13 +179,19 @@ def _ladder(run: Run, found: dict[str, Any]) -> None:
             run.timings[part, name, ""] = _timing(name, row["ms"], row["ms_range"], row["rounds"], not _yardstick(row))
 
 
+def processor_of(found: dict[str, Any]) -> str:
+    """`CPU: NAME, 2 threads` of a file of pytest-benchmark, as environment.device_name has it; 1/2 where benchmarks differ."""
+    machine = found["machine_info"]
+    name = (machine.get("cpu") or {}).get("brand_raw") or machine.get("processor") or machine.get("machine")
+    threads = "/".join(sorted({str(entry["extra_info"].get("threads")) for entry in found["benchmarks"]}))
+    return f"CPU: {name}, {threads} thread{'' if threads == '1' else 's'}"
+
+
 def _pytest(run: Run, found: dict[str, Any]) -> None:
     machine, commit = found["machine_info"], found.get("commit_info") or {}
-    threads = {entry["extra_info"].get("threads") for entry in found["benchmarks"]}
-    processor = (machine.get("cpu") or {}).get("brand_raw") or machine.get("processor") or machine.get("machine")
     changed = " with changes" if commit.get("dirty") else ""
     run.about = {
-        "device": f"CPU: {processor}, {'/'.join(map(str, sorted(threads, key=str)))} threads",
+        "device": processor_of(found),
         "commit": f"{str(commit['id'])[:12]}{changed}" if commit.get("id") else None,
         "python": machine.get("python_version"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from bench import schema
+from bench.compare import processor_of
 from bench.gpu_common import Bench
 
 AHEAD_OF_TIME = "no device: compiled ahead of time"
@@ -65,9 +67,12 @@ class Run:
 def read(path: Path) -> Run:
     """Read and validate a file; UserError where it is none of bench/'s."""
     found = schema.load(path)
-    return {"run": _run, "bench": _pytest, "ladder": _ladder, "aot": _aot, "compare": _compare}[schema.kind_of(found)](
-        path, found
-    )
+    readers = {
+        "run": _run, "bench": _pytest, "ladder": _ladder, "aot": _aot, "compare": _compare,
+        "agreement": functools.partial(_one_device, kind="bench.agreement"),
+        "bench-data": functools.partial(_one_device, kind="fastanchor bench-data"),
+    }  # fmt: skip
+    return readers[schema.kind_of(found)](path, found)
 
 
 def _described(about: dict[str, Any]) -> dict[str, Any]:
@@ -108,12 +113,14 @@ def _pytest(path: Path, found: dict[str, Any]) -> Run:
     else:
         quick = False
         machine, commit = found["machine_info"], found.get("commit_info") or {}
-        processor = machine.get("cpu", {}).get("brand_raw") or machine.get("processor") or machine.get("machine")
-        threads = sorted({str(entry["extra_info"].get("threads")) for entry in found["benchmarks"]})
         known = f"{commit['id'][:12]}{'+' if commit.get('dirty') else ''}" if commit.get("id") else None
-        about = {"device": f"CPU: {processor}, {'/'.join(threads)} threads", "commit": known}
+        about = {"device": processor_of(found), "commit": known}
         about["versions"], sizes = {"python": machine["python_version"]} if "python_version" in machine else {}, {}
     return Run(path, "make bench", found, started=found["datetime"], sizes=sizes, quick=quick, **about)
+
+
+def _one_device(path: Path, found: dict[str, Any], kind: str) -> Run:
+    return Run(path, kind, found, **_described(found["environment"]))
 
 
 def _aot(path: Path, found: dict[str, Any]) -> Run:

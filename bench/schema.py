@@ -1,4 +1,4 @@
-"""Is a file what bench/ writes? Checked against schemas/*.json, which document every field and its unit.
+"""Is a file what bench/, or `fastanchor bench-data`, writes? Checked against schemas/*.json: every field, with its unit.
 
     python -m bench.schema FILE...
 
@@ -21,22 +21,27 @@ from fastanchor.errors import UserError
 FOLDER = Path(__file__).parent / "schemas"
 # Which schema, by a key that only its files have; in this order.
 BY_KEY = {"results": "run", "ladders": "ladder", "benchmarks": "bench", "turned_bad": "compare"}
+# By `kind`, which is then the schema's name.
+BY_KIND = ("agreement", "bench-data")
+PROGRAMS = (
+    "bench.gpu, bench.peers, bench.speedrun, bench.ladder, bench.compare, bench.aot, bench.agreement, make bench or fastanchor "
+    "bench-data"
+)
 # A range and its median come out of the same numbers, but JSON's decimals may be another program's.
 ROUNDING = 1e-9
 
 
 def kind_of(found: Any) -> str:
-    """run | ladder | bench | compare | aot | agreement: the schema that a file belongs to. UserError where it is of none."""
+    """run | ladder | bench | compare | aot | agreement | bench-data: the schema of a file. UserError where it is of none."""
     if isinstance(found, dict):
         for key, name in BY_KEY.items():
             if key in found:
                 return name
         if "rows" in found and "gpu" in found:
             return "aot"
-        if found.get("kind") == "agreement":
-            return "agreement"
-    programs = "bench.gpu, bench.peers, bench.speedrun, bench.ladder, bench.compare, bench.aot, bench.agreement or make bench"
-    raise UserError(f"is no file of {programs}")
+        if found.get("kind") in BY_KIND:
+            return found["kind"]
+    raise UserError(f"is no file of {PROGRAMS}")
 
 
 def validate(found: dict[str, Any]) -> None:
@@ -56,14 +61,19 @@ def validate(found: dict[str, Any]) -> None:
             raise UserError(f"{_place(found, where)} = {span}: must contain {key}, which is {value}")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The file's JSON, validated. UserError, with the file's name, where it cannot be read or is not valid."""
+def read(path: Path) -> Any:
+    """What a file of JSON holds, whatever it is. UserError, with the file's name, where it cannot be read or is no JSON."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):  # also bytes that are no text, and brackets within brackets by the thousand
         raise UserError(f"{path}: is not JSON") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The file's JSON, validated. UserError, with the file's name, where it cannot be read or is not valid."""
+    found = read(path)
     try:
         validate(found)
     except UserError as error:

@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine, speedrun_claim, speedrun_track
+from bench import machine, schema, speedrun_claim, speedrun_track
 from bench.results import SCHEMA, Results
 from bench.speedrun_clock import Rig, judge
 from bench.speedrun_track import Track
@@ -168,12 +168,7 @@ def _open(out: Path, described: dict[str, Any], earlier: list[dict[str, Any]]) -
 
 def _read(path: Path) -> dict[str, Any]:
     """A file that this program wrote. Raises UserError for any other."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise UserError(f"{path}: is not JSON") from None
+    found = schema.read(path)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UserError(f"{path}: is no file of bench.speedrun")
     if found.get("schema") != SCHEMA or not {"settings", "results"} <= found.keys():
@@ -307,7 +302,7 @@ def show_tracks(console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("track", "task", "target", "device", "seeds", "record"):
         table.add_column(column, overflow="fold")
-    for name in speedrun_track.names():
+    for name in speedrun_track.TRACKS:
         track = speedrun_track.load(name)
         device = track.device if track.device_name is None else f"{track.device}: {track.device_name}"
         target = f"> {track.accuracy:g} % under {track.attack.describe()}"
@@ -335,7 +330,9 @@ def parse_seeds(text: str | None, default: int) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.speedrun", description=__doc__.split("\n\n")[0])
-    parser.add_argument("track", nargs="?", metavar="TRACK", help=f"{', '.join(speedrun_track.names())}, or a .yaml file")
+    parser.add_argument(
+        "track", nargs="?", metavar="TRACK", help=f"{', '.join(speedrun_track.TRACKS)}, or the path of a .yaml file"
+    )
     parser.add_argument(
         "--seeds", metavar="N|0,1,2", help="how many, from 0, or which ones (default: as many as the track needs)"
     )
@@ -365,7 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
             show_comparison(found, console)
             return found["exit"]
         if args.track is None:
-            raise UserError(f"which track? {', '.join(speedrun_track.names())}, or a .yaml file; --list describes them")
+            raise UserError(
+                f"which track? {', '.join(speedrun_track.TRACKS)}, or the path of a .yaml file; --list describes them"
+            )
         track = speedrun_track.load(args.track)
         overrides = speedrun_track.parse_overrides(args.set)
         seeds = parse_seeds(args.seeds, track.seeds)

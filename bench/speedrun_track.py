@@ -1,4 +1,4 @@
-"""A track of the speedrun: a task and one entry to it, read from bench/speedruns/NAME.yaml or from a file of one's own.
+"""A track of the speedrun: a task and one entry to it; the repository's by name (TRACKS), one's own by the path of its file.
 
 The task is what every entry shares: data, target, number of seeds, level of the test, device. The entry is a recipe of fastanchor
 with settings on top.
@@ -22,6 +22,9 @@ from fastanchor.methods import Method, method_class
 from fastanchor.train.checks import check_config
 
 FOLDER = Path(__file__).parent / "speedruns"
+# The repository's, FOLDER/NAME.yaml. By name, not by what lies there: the code's commit says nothing of a file that git does not
+# know, so such a one would be listed, and make a record, wherever it happens to lie.
+TRACKS = ("cifar10-aa50", "cifar10-pgd20", "digits")
 REQUIRED = ("name", "task", "data", "target", "seeds", "alpha", "device", "recipe")
 KEYS = (*REQUIRED, "device_name", "set", "record")
 DEVICES = ("cpu", "cuda")
@@ -59,18 +62,15 @@ class Track:
     given: dict[str, Any]
 
 
-def names() -> list[str]:
-    """The tracks that come with the repository."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
 def load(name: str) -> Track:
-    """A track by its name, or by the path of its file. Raises UserError."""
-    if name in names():
+    """A track of the repository by its name, any other by the path of its file. Raises UserError."""
+    if name in TRACKS:
         return read(FOLDER / f"{name}.yaml")
     if name.endswith((".yaml", ".yml")):
         return read(Path(name))
-    raise UserError(f"track {name!r} is not known{did_you_mean(name, names())}; tracks: {', '.join(names())}, or a .yaml file")
+    raise UserError(
+        f"track {name!r} is not known{did_you_mean(name, TRACKS)}; tracks: {', '.join(TRACKS)}, or the path of a .yaml file"
+    )
 
 
 def read(path: Path) -> Track:
@@ -113,8 +113,8 @@ def outside(track: Track) -> list[str]:
     """Which of an entry's files are no part of the repository, so that its commit does not say what they hold."""
     found = []
     file = track.path.resolve()
-    if file.parent != FOLDER.resolve() or file.suffix != ".yaml":
-        found.append(f"its track {track.path} is none of bench/speedruns")
+    if file not in [FOLDER.resolve() / f"{name}.yaml" for name in TRACKS]:
+        found.append(f"its track {track.path} is none of the repository's")
     known = settings.recipe_names()
     named = track.recipe in known or f"{track.recipe}_resnet18_cifar10" in known
     if not named and not Path(track.recipe).resolve().is_relative_to(Path(settings.__file__).parent.resolve()):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastanchor import environment, pipes
+from fastanchor.bench_sizes import cpu_sized, network, step_flops, view_names
 from fastanchor.config import Config
 from fastanchor.data import dali, feeds, views
 from fastanchor.data.decode import threads
@@ -37,10 +37,8 @@ from fastanchor.train.checks import check_config, check_device
 from fastanchor.train.loop import cudnn_benchmark
 from fastanchor.train.memory import check_narrow_convolutions, explain_out_of_memory
 from fastanchor.train.optim import WeightAverage, build_optimizer, set_learning_rate
-from fastanchor.train.run import model_from_config
 from fastanchor.train.stages import stage_method
 from fastanchor.train.step import TrainStep
-from fastanchor.train.throughput import step_cost
 
 SCHEMA, KIND = 1, "bench-data"
 CEILING = "ceiling: one batch again"
@@ -51,8 +49,6 @@ STRETCH = 512
 # Batches that each of torch's workers makes in advance: torch's default.
 READY = 2
 FILES = ("folder:", "packed:")
-# What a step of the usual recipe is cut down to on a CPU, unless said otherwise: half a second or so on two cores.
-CPU_WIDTH, CPU_STEP_FLOPS, CPU_LEAST_BATCH = 16, 25e9, 8
 
 
 @dataclass
@@ -108,49 +104,13 @@ def measure(
         say(f"note: {note}")
     shrunk: list[str] = []
     if device.type == "cpu":
-        config, shrunk = cpu_sized(config, given, lambda config: _step_flops(config, images))
+        config, shrunk = cpu_sized(config, given, lambda config: step_flops(config, images))
     if config.channels_last:
-        check_narrow_convolutions(_network(config, images.num_classes), images.image_shape, device)
+        check_narrow_convolutions(network(config, images.num_classes), images.image_shape, device)
     run = _Run(config, images, device, names, rounds, say)
     with cudnn_benchmark(), contextlib.ExitStack() as stack:
         found = run.measure(stack, shrunk)
     return {"schema": SCHEMA, "kind": KIND, "environment": environment.describe(device), **found, "config": to_dict(config)}
-
-
-def view_names(config: Config, wanted: int | None) -> tuple[str, ...]:
-    """The views that are drawn of every image: those that the method's step takes, and augmented ones up to `wanted`."""
-    taken = build_method(config).drawn
-    if wanted is not None and not len(taken) <= wanted <= 2:
-        raise UserError(f"--views = {wanted}: must be {len(taken)}{' or 2' if len(taken) == 1 else ''}, the recipe's step takes "
-                        f"{len(taken)} ({', '.join(taken)})")  # fmt: skip
-    return taken if wanted in (None, len(taken)) else (*taken, "aug2")
-
-
-def cpu_sized(config: Config, given: Collection[str], flops: Callable[[Config], int]) -> tuple[Config, list[str]]:
-    """The configuration with a step that a CPU makes in half a second or so, and the flags that say the same.
-
-    given: dotted keys that the user has set, which stay as they are. flops: of a step of a configuration, for one image.
-    """
-    flags = []
-    if not {"model.width", "model.name"} & set(given):
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=CPU_WIDTH))
-        flags.append(f"--model.width {CPU_WIDTH}")
-    if "batch_size" not in given:
-        fits = CPU_STEP_FLOPS / flops(config)
-        batch = min(config.batch_size, max(CPU_LEAST_BATCH, 2 ** int(math.log2(max(fits, 1)))))
-        config = dataclasses.replace(config, batch_size=batch)
-        flags.append(f"--batch-size {batch}")
-    return config, flags
-
-
-def _network(config: Config, classes: int):
-    # By which mean and deviation the images are normalised changes no time.
-    return model_from_config(config, classes, (0.5,) * 3, (0.25,) * 3, method_class(config.method).bn_sets)
-
-
-def _step_flops(config: Config, images: ImageSet) -> int:
-    model = _network(config, images.num_classes)
-    return step_cost(stage_method(config, 1, images, model, torch.device("cpu")), model, images.image_shape).total
 
 
 class _Run:
@@ -224,7 +184,8 @@ class _Run:
         else:
             yield Row("dali", "dali", "--data.backend dali", most)
         for workers in dict.fromkeys((0, threads() if most is None else most)):
-            yield Row(f"torch, {workers} workers", "torch", f"--data.backend torch --data.workers {workers}", workers)
+            name = f"torch, {workers} worker{'' if workers == 1 else 's'}"
+            yield Row(name, "torch", f"--data.backend torch --data.workers {workers}", workers)
 
     def _open(self, row: Row, stack: contextlib.ExitStack) -> None:
         """Take a first batch from the row's feed, or say why it cannot serve here. UserError for images that are at fault."""
@@ -329,7 +290,7 @@ class _Run:
     def _step(self, load: Callable) -> TrainStep:
         config = self.config
         torch.manual_seed(config.seed)
-        model = _network(config, self.images.num_classes).to(self.device)
+        model = network(config, self.images.num_classes).to(self.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         method = stage_method(config, 1, self.images, model, self.device)

@@ -17,7 +17,7 @@ from bench.results import Results
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "bench/records/2026-11-22_attack-engine-cpu"
-ABOUT = {"device": "CPU: X, 1 threads", "commit": "aaa", "python": "3.12", "packages": {"torch": "2.11.0", "triton": "3.6.0"}}
+ABOUT = {"device": "CPU: X, 1 thread", "commit": "aaa", "python": "3.12", "packages": {"torch": "2.11.0", "triton": "3.6.0"}}
 # Work that the slowed step does over, and what the gate allows: far apart, so that a busy machine moves neither past the other.
 TIMES_THE_WORK, ALLOWED = 10, 3.0
 
@@ -226,7 +226,7 @@ def test_the_environments_are_told(tmp_path, capsys):
     assert out.index("torch: 2.11.0 -> 2.13.0; commit: aaa -> bbb") < out.index("B / A")
     other = gpu_file(tmp_path / "c", rows, {**ABOUT, "device": "NVIDIA H100"})
     assert run(a, other) == 2
-    assert "CPU: X, 1 threads, B on NVIDIA H100" in capsys.readouterr().err
+    assert "CPU: X, 1 thread, B on NVIDIA H100" in capsys.readouterr().err
     assert run(a, other, "--any-device") == 0
 
 
@@ -266,6 +266,13 @@ def test_a_slower_yardstick_is_shown_and_does_not_count(tmp_path):
     status, compared_ = compared(tmp_path, RECORD / "bench.json", tmp_path / "b.json")
     (row,) = (row for row in compared_["rows"] if row["verdict"])
     assert status == 0 and row["verdict"] == "yardstick" and row["b_ms"] == pytest.approx(2e3 * before)
+
+
+@pytest.mark.parametrize("threads, said", [((1, 1), "1 thread"), ((2, 2), "2 threads"), ((1, 2), "1/2 threads")])
+def test_the_processor_of_a_file_that_does_not_describe_it(threads, said):
+    machine = {"cpu": {}, "machine": "x86_64"}
+    found = {"machine_info": machine, "benchmarks": [{"extra_info": {"threads": n}} for n in threads]}
+    assert compare.processor_of(found) == f"CPU: x86_64, {said}"
 
 
 def test_make_bench_says_what_it_timed_and_on_what(tmp_path, capsys):
@@ -387,7 +394,8 @@ def test_the_seeds_of_a_speedrun_are_one_timing_with_a_range(tmp_path, capsys):
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, capsys):
     good = gpu_file(tmp_path / "good", [("attack", "folded", timed(10, 9, 11))])
-    for name, text in {"empty": "", "list": "[]", "other": '{"rows": []}', "torn": '{"results": [{}], "settings": {}}'}.items():
+    texts = {"empty": "", "deep": 10**5 * "[", "list": "[]", "other": '{"rows": []}', "torn": '{"results": [{}], "settings": {}}'}
+    for name, text in texts.items():
         (tmp_path / f"{name}.json").write_text(text)
     nan = gpu_file(tmp_path / "nan", [("attack", "folded", timed(float("nan"), 9, 11))])
     ladder = json.loads((RECORD / "ladder.json").read_text())
@@ -398,6 +406,7 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, capsys):
         ((tmp_path / "missing.json", good), "No such file"),
         ((good, tmp_path), "cannot be read"),
         ((tmp_path / "empty.json", good), "is not JSON"),
+        ((tmp_path / "deep.json", good), "is not JSON"),
         ((tmp_path / "list.json", good), "is no file of bench.gpu"),
         ((tmp_path / "other.json", good), "is no file of bench.gpu"),
         ((tmp_path / "torn.json", good), "is not as bench.gpu writes it"),

@@ -12,7 +12,8 @@ from graph_emulator import Emulator
 from PIL import Image
 from rich.console import Console
 
-from fastanchor import bench_data, cli, cli_bench, pipes
+from bench import schema
+from fastanchor import bench_data, bench_sizes, cli, cli_bench, pipes
 from fastanchor.data import feeds
 from fastanchor.data.dali import find_dali
 from fastanchor.data.geometry import CLEAN
@@ -156,18 +157,18 @@ def test_a_cpus_step_is_cut_down_unless_the_user_has_said_its_sizes():
         return flops
 
     config = load_recipe("pgd_at")
-    made, flags = bench_data.cpu_sized(config, (), cost_at(32, 32))
+    made, flags = bench_sizes.cpu_sized(config, (), cost_at(32, 32))
     assert (made.model.width, made.batch_size) == (16, 8) and flags == ["--model.width 16", "--batch-size 8"]
-    large, _ = bench_data.cpu_sized(config, (), cost_at(96, 96))
-    assert large.batch_size == bench_data.CPU_LEAST_BATCH
+    large, _ = bench_sizes.cpu_sized(config, (), cost_at(96, 96))
+    assert large.batch_size == bench_sizes.CPU_LEAST_BATCH
     for given, expected in (
         ({"model.width"}, (None, 8)),
         ({"batch_size"}, (16, 128)),
         ({"model.width", "batch_size"}, (None, 128)),
     ):
-        made, flags = bench_data.cpu_sized(config, given, cost_at(32, 32))
+        made, flags = bench_sizes.cpu_sized(config, given, cost_at(32, 32))
         assert (made.model.width, made.batch_size) == expected and len(flags) == 2 - len(given)
-    assert bench_data.cpu_sized(config, {"model.width", "batch_size"}, cost_at(32, 32)) == (config, [])
+    assert bench_sizes.cpu_sized(config, {"model.width", "batch_size"}, cost_at(32, 32)) == (config, [])
 
 
 def test_a_method_with_indexed_labels_and_heads_is_measured():
@@ -179,10 +180,10 @@ def test_a_method_with_indexed_labels_and_heads_is_measured():
 
 def test_views_are_those_of_the_step_and_as_many_more_as_asked_for():
     anchor = configured("--loss.views", "clean+aug+adv", recipe="anchor")
-    assert bench_data.view_names(configured(), None) == ("aug",) and bench_data.view_names(configured(), 1) == ("aug",)
-    assert bench_data.view_names(configured(), 2) == ("aug", "aug2") and bench_data.view_names(anchor, None) == (CLEAN, "aug")
+    assert bench_sizes.view_names(configured(), None) == ("aug",) and bench_sizes.view_names(configured(), 1) == ("aug",)
+    assert bench_sizes.view_names(configured(), 2) == ("aug", "aug2") and bench_sizes.view_names(anchor, None) == (CLEAN, "aug")
     with pytest.raises(UserError, match=r"^--views = 1: must be 2, the recipe's step takes 2 \(clean, aug\)$"):
-        bench_data.view_names(anchor, 1)
+        bench_sizes.view_names(anchor, 1)
 
 
 class Counted(TrainStep):
@@ -207,7 +208,7 @@ def measured(monkeypatch, *flags, **options):
 
 def test_every_backend_gives_batches_to_nothing_and_to_the_step(monkeypatch):
     found, said = measured(monkeypatch)
-    names = [bench_data.CEILING, "resident", "dali", "torch, 0 workers", "torch, 1 workers"]
+    names = [bench_data.CEILING, "resident", "dali", "torch, 0 workers", "torch, 1 worker"]
     assert [row["name"] for row in found["rows"]] == names
     assert (found["kind"], found["schema"], found["environment"]["device"][:3]) == ("bench-data", 1, "CPU")
     settings = found["settings"]
@@ -308,7 +309,7 @@ def test_a_folder_is_resident_decoded_and_stays_files_for_the_others(monkeypatch
     )
     found, _ = measured(monkeypatch, *flags)
     names = [row["name"] for row in found["rows"] if "feeding" in row]
-    assert names == [bench_data.CEILING, "resident", *["dali, cpu"] * DALI, "torch, 0 workers", "torch, 1 workers"]
+    assert names == [bench_data.CEILING, "resident", *["dali, cpu"] * DALI, "torch, 0 workers", "torch, 1 worker"]
     assert type(opened["resident"]).__name__ == "Split" and type(opened["torch"]).__name__ == "Encoded"
     assert found["settings"]["kept"] == "encoded" and found["recommended"]["auto"] == "resident"
     # On files that are damaged afterwards the run ends with the file's name.
@@ -326,7 +327,7 @@ def test_files_that_cannot_stay_files_leave_their_backends_out(monkeypatch, tmp_
     write_folder(tmp_path, size=(48, 40))
     found, _ = measured(monkeypatch, "--data.source", f"folder:{tmp_path}", "--data.limit", "12", "--batch-size", "4")
     left = {row["name"]: row["left_out"] for row in found["rows"] if "left_out" in row}
-    assert list(left) == ["dali", "torch, 0 workers", "torch, 1 workers"] and all("image-size" in why for why in left.values())
+    assert list(left) == ["dali", "torch, 0 workers", "torch, 1 worker"] and all("image-size" in why for why in left.values())
     assert found["recommended"]["says"].startswith("use resident, as auto does")
 
 
@@ -379,7 +380,13 @@ def test_the_command_prints_a_table_and_writes_json(command, capsys, tmp_path):
     # A pipe's table is never folded.
     (row,) = [line for line in printed.splitlines() if "torch, 0 workers" in line and "│" in line]
     assert row.count("(") == 3
-    found = json.loads(out.read_text())
+    found = schema.load(out)
+    documented = json.loads((schema.FOLDER / "bench-data.json").read_text())
+    row, part = documented["$defs"]["row"]["properties"], documented["$defs"]["rates"]["properties"]
+    assert set(found) == set(documented["properties"])
+    assert set(found["settings"]) == set(documented["properties"]["settings"]["properties"])
+    assert set().union(*found["rows"]) == set(row) - ({"left_out"} if DALI else set())
+    assert set(found["rows"][0]["feeding"]) == set(part) | set(row["feeding"]["properties"])
     assert found["recipe"] == "pgd_at" and [row["name"] for row in found["rows"]][-1] == "torch, 0 workers"
 
 

@@ -14,11 +14,8 @@ from bench.timing import summary
 from fastanchor.errors import UserError
 
 RECORDS = Path(__file__).parents[1] / "bench" / "records"
-# Of fastanchor's own programs: training runs, evaluations, `fastanchor compare`, `fastanchor bench-data`.
-NOT_OF_BENCH = {
-    "env.json", "demo-compare.json", "precision-digits.json", "precision-photos.json", "folder.json", "packed-uint8.json",
-    "packed-jpeg.json", "compare.json",
-}  # fmt: skip
+# Of fastanchor's own programs: training runs, evaluations, `fastanchor compare`.
+NOT_OF_BENCH = {"env.json", "demo-compare.json", "precision-digits.json", "precision-photos.json", "compare.json"}
 MADE = {
     "run": bench_files.gpu_file, "bench": bench_files.bench_file, "ladder": bench_files.ladder_file,
     "old bench": lambda: bench_files.bench_file(added=False), "old ladder": lambda: bench_files.ladder_file(ceilings=False),
@@ -138,6 +135,29 @@ def test_wrong_files_of_the_others(kind, path, value, says):
     refused(changed(MADE[kind](), path, value), says)
 
 
+@pytest.mark.parametrize(
+    "path, value, says",
+    [
+        (("recipe",), ..., "'recipe' is missing"),
+        (("settings", "image_size"), [32], "must have 2 entries"),
+        (("settings", "kept"), "in a box", "must be of 'decoded', 'encoded'"),
+        (("environment", "packages", "torch"), ..., "'torch' is missing"),
+        (("recommended", "agrees"), "yes", "must be boolean"),
+        (("rows", 1, "backend"), "disk", "(resident): is 'disk': must be of 'none', 'resident'"),
+        (("rows", 1, "feeding"), ..., "rows[1] (resident): 'feeding' is missing"),
+        (("rows", 1, "alone", "ms"), 0, "rows[1].alone.ms (resident): is 0: must be above 0"),
+        (("rows", 1, "alone", "images_per_s"), 1.0, "must contain images_per_s, which is 1.0"),
+        (("rows", 1, "feeding", "cost_percent"), NAN, "is nan: must be a finite number"),
+        (("rows", 1, "feeding", "cost_percent"), -99.0, "must contain cost_percent, which is -99.0"),
+    ],
+)
+def test_wrong_input_pipelines_are_named(path, value, says):
+    found = json.loads((RECORDS / "2026-11-22_data-cpu" / "folder.json").read_text())
+    refused(changed(found, path, value), says)
+    found["rows"][1] = {key: found["rows"][1][key] for key in ("name", "backend", "flags", "workers", "decoder")}
+    schema.validate(changed(found, ("rows", 1, "left_out"), "no room"))
+
+
 def test_an_outcome_may_be_nan_and_a_left_out_row_needs_nothing():
     """A kernel that computes NaN is a result, and one that was not run has no time."""
     row = {"case": "default", "regime": "mid", "n": 8, "d": 4, "precision": "fp16", "loss_relative": NAN, "ok": False}
@@ -192,7 +212,16 @@ def test_every_field_of_the_schemas_is_described():
                 yield from fields(inner, f"{where}.{key}")
 
     files = {path.name: json.loads(path.read_text()) for path in schema.FOLDER.glob("*.json")}
-    assert set(files) == {"common.json", "run.json", "bench.json", "ladder.json", "compare.json", "aot.json", "agreement.json"}
+    assert set(files) == {
+        "common.json",
+        "run.json",
+        "bench.json",
+        "ladder.json",
+        "compare.json",
+        "aot.json",
+        "agreement.json",
+        "bench-data.json",
+    }
     undescribed = [
         where
         for name, found in files.items()

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from fastanchor.train.step import TrainStep
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
-ABOUT = {"device": "CPU: X, 1 threads", "commit": "abc", "python": "3.12", "packages": {"torch": "2.13.0"}, "command": "c"}
+ABOUT = {"device": "CPU: X, 1 thread", "commit": "abc", "python": "3.12", "packages": {"torch": "2.13.0"}, "command": "c"}
 # A tiny entry: 49 training and 50 test images, three steps of 16 an epoch.
 TINY = {
     "name": "tiny",
@@ -56,6 +57,12 @@ def same_machine(monkeypatch):
     """Nothing measured, and a commit that stays."""
     monkeypatch.setattr(environment, "describe", lambda device: dict(ABOUT))
     monkeypatch.setattr(machine, "describe", lambda device: {"device": ABOUT["device"], "about": dict(ABOUT)})
+
+
+def official(monkeypatch, folder, *names):
+    """Let `folder` be the repository's, and these its tracks."""
+    monkeypatch.setattr(speedrun_track, "FOLDER", folder)
+    monkeypatch.setattr(speedrun_track, "TRACKS", names)
 
 
 def write_track(folder, **changes):
@@ -318,7 +325,7 @@ HOLDS = {"target": {"attack": "pgd2:eps=0.1", "accuracy": 50}, "seeds": 4}
 
 def test_a_claim_that_holds_ends_with_0_and_counts(tmp_path, monkeypatch):
     judged_as(monkeypatch, 60.0, 61.0)
-    monkeypatch.setattr(speedrun_track, "FOLDER", tmp_path)
+    official(monkeypatch, tmp_path, "tiny")
     status, found = run_tiny(tmp_path, **HOLDS)
     assert status == 0 and found["results"][-1]["counts"] and found["results"][-1]["against"] == []
 
@@ -327,7 +334,7 @@ def test_the_entry_of_a_file_of_ones_own_is_no_record(tmp_path, monkeypatch, cap
     judged_as(monkeypatch, 60.0, 61.0)
     status, found = run_tiny(tmp_path, **HOLDS)
     assert status == 0 and not found["results"][-1]["counts"]
-    assert found["results"][-1]["against"] == [f"its track {tmp_path / 'tiny.yaml'} is none of bench/speedruns"]
+    assert found["results"][-1]["against"] == [f"its track {tmp_path / 'tiny.yaml'} is none of the repository's"]
     assert "no record: its track" in capsys.readouterr().out
 
 
@@ -388,7 +395,7 @@ def test_a_killed_run_goes_on_and_drops_no_seed(tmp_path, monkeypatch, capsys):
 
 def test_a_seed_that_is_killed_on_its_clock_leaves_a_trace(tmp_path, monkeypatch):
     judged_as(monkeypatch, 60.0, 61.0)
-    monkeypatch.setattr(speedrun_track, "FOLDER", tmp_path)
+    official(monkeypatch, tmp_path, "tiny")
     with monkeypatch.context() as patch:
         patch.setattr(Rig, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_tiny(tmp_path, **HOLDS)[0] == 130
@@ -506,9 +513,8 @@ def test_seeds(text, seeds):
 
 
 def test_the_tracks_of_the_repository(capsys):
-    """Each resolves to a configuration, and one that names a record has it."""
-    assert {"digits", "cifar10-pgd20", "cifar10-aa50"} <= set(speedrun_track.names())
-    for name in speedrun_track.names():
+    """Each resolves to a configuration, and one that names a record has it; none that git knows is left out."""
+    for name in speedrun_track.TRACKS:
         track = speedrun_track.load(name)
         assert track.name == name and track.alpha <= 0.01
         config = speedrun_track.resolve(track, {}, device="auto")
@@ -517,7 +523,25 @@ def test_the_tracks_of_the_repository(capsys):
             assert (ROOT / track.record).is_dir()
     assert main("--list") == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in speedrun_track.names())
+    assert all(name in shown for name in speedrun_track.TRACKS)
+    git = ["git", "-C", str(ROOT), "ls-files", "bench/speedruns/*.yaml"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # a copy without its history
+        known = subprocess.run(git, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert sorted(Path(line).stem for line in known) == list(speedrun_track.TRACKS)
+
+
+def test_a_file_of_ones_own_is_given_by_its_path_wherever_it_lies(tmp_path, monkeypatch, capsys):
+    """Also beside the repository's tracks: no commit says what it holds."""
+    official(monkeypatch, tmp_path, "known")
+    own = write_track(tmp_path)
+    own.with_name("known.yaml").write_text(own.read_text())
+    assert main("--list") == 0
+    shown = capsys.readouterr().out
+    assert "known" in shown and "tiny" not in shown
+    assert main("tiny") == 2
+    assert "track 'tiny' is not known; tracks: known, or the path of a .yaml file" in capsys.readouterr().err
+    assert speedrun_track.outside(speedrun_track.load("known")) == []
+    assert speedrun_track.outside(speedrun_track.load(str(own))) == [f"its track {own} is none of the repository's"]
 
 
 def test_what_a_recipe_says_of_the_images_is_not_the_tasks(tmp_path):
@@ -528,7 +552,7 @@ def test_what_a_recipe_says_of_the_images_is_not_the_tasks(tmp_path):
 
 
 def test_what_speaks_against_a_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(speedrun_track, "FOLDER", tmp_path)
+    official(monkeypatch, tmp_path, "tiny")
     track = speedrun_track.read(write_track(tmp_path, device_name="X"))
     assert speedrun._against(track, ABOUT, CPU, [0, 1], {}, []) == []
     others = [
@@ -549,14 +573,13 @@ def test_what_speaks_against_a_record(tmp_path, monkeypatch):
 
 def test_the_files_of_a_record_are_of_the_repository(tmp_path, monkeypatch):
     """Of any other file the commit says nothing; a link in the folder leads out of it."""
-    for name in speedrun_track.names():
+    for name in speedrun_track.TRACKS:
         assert speedrun_track.outside(speedrun_track.load(name)) == []
-    track = speedrun_track.load(str(write_track(tmp_path)))
-    assert speedrun_track.outside(track) == [f"its track {tmp_path / 'tiny.yaml'} is none of bench/speedruns"]
+    write_track(tmp_path)
     folder = tmp_path / "speedruns"
     folder.mkdir()
     (folder / "linked.yaml").symlink_to(tmp_path / "tiny.yaml")
-    monkeypatch.setattr(speedrun_track, "FOLDER", folder)
+    official(monkeypatch, folder, "linked", "tiny")
     assert len(speedrun_track.outside(speedrun_track.load("linked"))) == 1
     (tmp_path / "own.yaml").write_text("epochs: 1\n")
     for recipe, outside in (("pgd_at", 0), (str(ROOT / "fastanchor/recipes" / "x.yaml"), 0), (str(tmp_path / "own.yaml"), 1)):
