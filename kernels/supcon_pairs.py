@@ -25,13 +25,15 @@ def round_tf32(x):
 
 
 @triton.jit
-def _ids(ids, n_pad, at, INSTANCES: tl.constexpr, VIEWS: tl.constexpr, SELECTION: tl.constexpr):
-    """Label, instance, view and predicted class of rows; the label stands in for what is not used."""
+def _rows(z, ids, rho, n_pad, at, D: tl.constexpr, INSTANCES: tl.constexpr, VIEWS: tl.constexpr, SELECTION: tl.constexpr):
+    """The rows `at`: as stored, 1 / norm, label, instance, view, predicted class; the label stands in for what is not used."""
+    stored = tl.load(z + at[:, None] * D + tl.arange(0, D)[None, :])
+    inverse = tl.load(rho + at)
     y = tl.load(ids + at)
     instance = tl.load(ids + n_pad + at) if INSTANCES else y
     view = tl.load(ids + 2 * n_pad + at) if VIEWS else y
     predicted = tl.load(ids + 3 * n_pad + at) if SELECTION != "all" else y
-    return y, instance, view, predicted
+    return stored, inverse, y, instance, view, predicted
 
 
 @triton.jit
@@ -74,9 +76,9 @@ def _tile(
 ):  # fmt: skip
     """Of the columns from `first`: d, positives, terms of the denominator, pairs of one class, the positives' coefficient."""
     column = first + tl.arange(0, BN)
-    zj = tl.load(z_key + column[:, None] * D + tl.arange(0, D)[None, :])
-    rho_j = tl.load(rho_key + column)
-    yj, instance_j, view_j, predicted_j = _ids(ids_key, n_pad_key, column, INSTANCES, VIEWS, SELECTION)
+    zj, rho_j, yj, instance_j, view_j, predicted_j = _rows(
+        z_key, ids_key, rho_key, n_pad_key, column, D, INSTANCES, VIEWS, SELECTION
+    )
     d = _distance(zi, zj, rho_i, rho_j, DOT)
     other = tl.broadcast_to(column[None, :] < n_key, (BM, BN))
     if SELF:
@@ -116,10 +118,7 @@ def row_stats(
     if BETA_TENSOR:
         beta = tl.load(beta).to(tl.float32)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    feature = tl.arange(0, D)
-    zi = tl.load(z + row[:, None] * D + feature[None, :])
-    rho_i = tl.load(rho + row)
-    yi, instance_i, view_i, predicted_i = _ids(ids, n_pad, row, INSTANCES, VIEWS, SELECTION)
+    zi, rho_i, yi, instance_i, view_i, predicted_i = _rows(z, ids, rho, n_pad, row, D, INSTANCES, VIEWS, SELECTION)
     if TOPK:
         threshold = tl.load(rows + 7 * n_pad + row)
     sum_e = tl.full((BM,), 0.0, tl.float32)
@@ -197,10 +196,7 @@ def row_costs(
     if BETA_TENSOR:
         beta = tl.load(beta).to(tl.float32)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    feature = tl.arange(0, D)
-    zi = tl.load(z + row[:, None] * D + feature[None, :])
-    rho_i = tl.load(rho + row)
-    yi, instance_i, view_i, predicted_i = _ids(ids, n_pad, row, INSTANCES, VIEWS, SELECTION)
+    zi, rho_i, yi, instance_i, view_i, predicted_i = _rows(z, ids, rho, n_pad, row, D, INSTANCES, VIEWS, SELECTION)
     log2_lse = tl.log2(tl.load(rows + row)) - tl.load(rows + 5 * n_pad + row) * log2_per_tau
     if TOPK:
         threshold = tl.load(rows + 7 * n_pad + row)
@@ -251,10 +247,7 @@ def largest_distances(
 ):  # fmt: skip
     """Program (row block, column span): the KEPT largest d among the positives of its rows, -FAR for none. 2 N M D FLOPs."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    feature = tl.arange(0, D)
-    zi = tl.load(z + row[:, None] * D + feature[None, :])
-    rho_i = tl.load(rho + row)
-    yi, instance_i, view_i, predicted_i = _ids(ids, n_pad, row, INSTANCES, VIEWS, SELECTION)
+    zi, rho_i, yi, instance_i, view_i, predicted_i = _rows(z, ids, rho, n_pad, row, D, INSTANCES, VIEWS, SELECTION)
     kept = tl.full((BM, KEPT), -FAR, tl.float32)
     start = tl.program_id(1) * span
     for first in range(start, tl.minimum(start + span, n_key), BN):
@@ -313,10 +306,7 @@ def gradient(
     if BETA_TENSOR:
         beta = tl.load(beta).to(tl.float32)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    feature = tl.arange(0, D)
-    zi = tl.load(z + row[:, None] * D + feature[None, :])
-    rho_i = tl.load(rho + row)
-    yi, instance_i, view_i, predicted_i = _ids(ids, n_pad, row, INSTANCES, VIEWS, SELECTION)
+    zi, rho_i, yi, instance_i, view_i, predicted_i = _rows(z, ids, rho, n_pad, row, D, INSTANCES, VIEWS, SELECTION)
     if AS_ANCHORS:
         ui, vi, ri, un_i, near_i, lse_i, least_i = _roles(
             rows, roles, n_pad_anchor, row, PAIRWISE, HARD, ONLINE, TOPK, DETACHED
@@ -325,9 +315,9 @@ def gradient(
     start = tl.program_id(1) * span
     for first in range(start, tl.minimum(start + span, n_key), BN):
         column = first + tl.arange(0, BN)
-        zj = tl.load(z_key + column[:, None] * D + feature[None, :])
-        rho_j = tl.load(rho_key + column)
-        yj, instance_j, view_j, predicted_j = _ids(ids_key, n_pad_key, column, INSTANCES, VIEWS, SELECTION)
+        zj, rho_j, yj, instance_j, view_j, predicted_j = _rows(
+            z_key, ids_key, rho_key, n_pad_key, column, D, INSTANCES, VIEWS, SELECTION
+        )
         d = _distance(zi, zj, rho_i, rho_j, DOT)
         same = yi[:, None] == yj[None, :]
         positive = same
@@ -385,7 +375,7 @@ def gradient(
         if DOT == "tf32" and zj.dtype == tl.float32:
             g = round_tf32(g)
         acc = tl.dot(g.to(zj.dtype), zj, acc, input_precision=DOT)
-    out = partial_dz + (tl.program_id(1).to(tl.int64) * n_pad + row[:, None]) * D + feature[None, :]
+    out = partial_dz + (tl.program_id(1).to(tl.int64) * n_pad + row[:, None]) * D + tl.arange(0, D)[None, :]
     tl.store(out, acc)
 
 

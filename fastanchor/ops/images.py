@@ -7,7 +7,6 @@ derivative. `decide` says whether one is to be used on a device: not before it h
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,7 @@ from fastanchor.errors import UserError
 from fastanchor.kernels import usable
 from fastanchor.ops.library import LIBRARY
 from fastanchor.ops.verified import switch, verified
-from fastanchor.reference import attacks, objectives
+from fastanchor.reference import attacks, noise, objectives
 from fastanchor.reference import images as reference_images
 from fastanchor.reference.checks import check_name
 
@@ -27,7 +26,6 @@ HEADS = ("ce", "cw", "dlr", "mart_bce")
 NOISES = ("uniform", "gaussian")
 # What the heads' kernels take.
 MIN_CLASSES, MAX_CLASSES = 2, 4096
-GAUSSIAN_SCALE = 0.001
 
 LIBRARY.define("pgd_step(Tensor x_adv, Tensor gradient, Tensor images, float eps, float step_size, str norm) -> Tensor")
 LIBRARY.define("augment(Tensor images_u8, Tensor? index, Tensor offsets, Tensor? mirrored, int pad) -> Tensor")
@@ -266,52 +264,14 @@ def start_noise(images: Tensor, seed: Tensor, *, eps: float, kind: str = "unifor
 
 @torch.library.impl(LIBRARY, "start_noise", "CPU")
 def _start_noise_plain(images, seed, eps, kind, norm):
-    count, channels, height, width = images.shape
-    pixel, image, group = torch.meshgrid(
-        torch.arange(height * width), torch.arange(count), torch.arange(-(-channels // 4)), indexing="ij"
-    )
-    unit = [(word >> 8).double() * 2.0**-24 for word in _philox(pixel, image, group, torch.zeros_like(pixel), seed)]
-    if kind == "uniform" and norm == "linf":
-        noise = [eps * (2 * u - 1) for u in unit]
-    else:  # Box and Muller
-        lengths = [(-2 * (1 - u).log()).sqrt() for u in unit[::2]]
-        turns = [2 * math.pi * u for u in unit[1::2]]
-        noise = [r * f(t) for r, t in zip(lengths, turns, strict=True) for f in (torch.cos, torch.sin)]
-    # (pixels, N, groups, 4) -> (N, C, H, W)
-    noise = torch.stack(noise, 3).permute(1, 2, 3, 0).reshape(count, -1, height, width)[:, :channels]
-    if kind == "gaussian":
-        noise = GAUSSIAN_SCALE * noise
-        noise = noise.clamp(-eps, eps) if norm == "linf" else noise * (eps / attacks.l2_norms(noise)).clamp_max(1)
-    elif norm == "l2":
-        zero = torch.zeros(count, dtype=torch.int64)
-        radius = 1 - (_philox(zero, torch.arange(count), zero, zero + 1, seed)[0] >> 8).double() * 2.0**-24
-        noise = noise / attacks.l2_norms(noise) * (eps * radius ** (1 / images[0].numel())).view(-1, 1, 1, 1)
-    return torch.empty_like(images).copy_((images.double() + noise).clamp(0, 1))
-
-
-def _philox(c0, c1, c2, c3, seed):
-    """Philox4x32-10 (Salmon et al. 2011): counters and words as int64 in [0, 2^32), the key one int64."""
-    mask = 0xFFFFFFFF
-    k0, k1 = seed & mask, (seed >> 32) & mask
-
-    def product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-        # In halves of 16 bits: the whole product would not fit in 63.
-        low = (a & 0xFFFF) * b
-        high = (a >> 16) * b + (low >> 16)
-        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-    for _ in range(10):
-        (high0, low0), (high1, low1) = product(c0, 0xD2511F53), product(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0, c1, c2, c3
+    return noise.start_noise(images, seed, eps, kind, norm)
 
 
 @torch.library.impl(LIBRARY, "start_noise", "CUDA")
 def _start_noise_kernel(images, seed, eps, kind, norm):
-    from fastanchor.kernels import noise
+    from fastanchor.kernels import noise as kernels
 
-    return noise.start_noise(images, eps, seed, kind, norm)
+    return kernels.start_noise(images, eps, seed, kind, norm)
 
 
 @torch.library.register_fake("fastanchor::start_noise", lib=LIBRARY)
