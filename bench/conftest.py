@@ -20,13 +20,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench import machine, turns
+from bench import machine, method_cases, turns
+from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
 
 SCHEMA, KIND, WIDTH = 1, "make bench", 120
-ORDER = ("test_attack", "test_steps", "test_end_to_end", "test_evaluation", "test_data", "test_kernels")
+ORDER = ("test_attack", "test_steps", "test_methods", "test_end_to_end", "test_evaluation", "test_data", "test_kernels")
 FOLDER = Path(__file__).parent
 # Of the first table: their peers are the naive code and its second rung.
 MAIN, RUNGS = ("test_attack", "test_whole_step"), ("naive", "second_rung")
+METHODS, EPOCH_IMAGES = "test_methods", 50_000
 Entry = dict[str, Any]
 ENTRIES, ENVIRONMENT, FAILED = pytest.StashKey[list[Entry]](), pytest.StashKey[Entry](), pytest.StashKey[list[str]]()
 
@@ -121,9 +123,17 @@ def show(entries: list[Entry], settings: Entry, environment: Entry, console: Con
         console.print(_main_table(main, size))
         console.print(
             "ms: medians of the rounds; ratios: of each round, in which all took a turn, median (least to greatest). of matmul: "
-            "ours, in FLOPs that the algorithm needs, as a share of this machine's matmul ceiling in that precision.\n"
+            "ours, in FLOPs that the algorithm needs, as a share of this machine's matmul ceiling in that precision."
+            + (f"\n{WHY_PASSED}.\n" if any(_share_of_matmul(entry) == PASSED for entry in main) else "\n")
         )
-    others = [(entry, names) for entry in entries if (names := _peers(entry, beside_rungs=entry in main)) or entry not in main]
+    for entry in (entry for entry in entries if entry["name"] == METHODS):
+        console.print(_method_table(entry))
+        console.print(
+            f"x {method_cases.BASE}: a step beside this one of the same round, median (least to greatest). by FLOPs: what that "
+            "ratio would be if products alone took time.\n"
+        )
+    listed = [entry for entry in entries if entry["name"] != METHODS]
+    others = [(entry, names) for entry in listed if (names := _peers(entry, beside_rungs=entry in main)) or entry not in main]
     if others:
         console.print(_other_table(others))
     for line in dict.fromkeys(_notes(entries)):
@@ -136,12 +146,31 @@ def _main_table(entries: list[Entry], size: str) -> Table:
     table = _table(f"attack and whole step: {size}, {rounds} rounds", ("what", "precision"), numbers)
     for entry in entries:
         info = entry["extra_info"]
-        share = info.get(f"share_of_{info['precision']}_matmul")
         table.add_row(
             entry["group"], info["precision"], *(_number(info[f"{peer}_median_s"]) for peer in RUNGS), _number(entry["median"]),
-            *(_ratio_of(info, peer) for peer in RUNGS), "" if share is None else f"{share:.0%}",
+            *(_ratio_of(info, peer) for peer in RUNGS), _share_of_matmul(entry),
         )  # fmt: skip
     return table
+
+
+def _method_table(entry: Entry) -> Table:
+    info, rounds = entry["extra_info"], entry["rounds"]
+    columns = ("ms", f"x {method_cases.BASE}", "by FLOPs", "s / 50,000 images")
+    table = _table(f"{entry['group']}, {info['precision']}, {rounds} rounds", ("recipe",), columns)
+    table.add_row(method_cases.BASE, _our_ms(entry), "1", "1", _epoch_seconds(entry["median"], info))
+    for name in sorted(info["flops_ratio"], key=lambda name: info[f"{name}_median_s"]):
+        expected, seconds = f"{info['flops_ratio'][name]:.2f}", _epoch_seconds(info[f"{name}_median_s"], info)
+        table.add_row(name, _ms_of(info, name), _ratio_of(info, name), expected, seconds)
+    return table
+
+
+def _epoch_seconds(seconds: float, info: Entry) -> str:
+    return f"{seconds * EPOCH_IMAGES / info['images']:,.0f}"
+
+
+def _share_of_matmul(entry: Entry) -> str:
+    share = entry["extra_info"].get(f"share_of_{entry['extra_info']['precision']}_matmul")
+    return "" if share is None else share_text(share)
 
 
 def _other_table(entries: list[tuple[Entry, list[str]]]) -> Table:

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.peers import tables as peer_tables
-from bench.results import Results
+from bench.results import Results, shown
+from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
 
 Row = dict
 
@@ -26,6 +27,10 @@ SUPCON = (
     "case", "regime", "n", "d", "precision", "loss_relative", "gradient_relative", "eager_gradient_relative",
     "keys_gradient_relative", "same", "same_in_poisoned_memory", "poisoned", "peak_memory_mb", "dense_matrix_mb", "ok",
 )  # fmt: skip
+METHODS = (
+    "batch", "graph", "ms", "cost", "flops_ratio", "extrapolated_s_per_epoch", "share_of_bf16_matmul",
+    "peak_memory_mb", "first_step_s",
+)  # fmt: skip
 REFRESH = ("how", "dtype", "ms", "ratio", "gb_per_s")
 SMALL = ("what", "ms", "ratio", "gb_per_s", "share_of_copy", "largest_difference", "ok")
 DATA = ("how", "batch", "ms", "images_per_s", "ratio", "cost_percent")
@@ -38,6 +43,8 @@ def show(results: Results, console: Console) -> None:
     for made in _tables(results):
         if made is not None:
             console.print(made)
+    if any(shown(key, value) == PASSED for row in results.found["results"] for key, value in row.items()):
+        console.print(WHY_PASSED, highlight=False)
     parts = ", ".join(f"{name}: {end['status']} ({end['seconds']:.0f} s)" for name, end in results.found["parts"].items())
     failed = [row for row in results.found["results"] if "error" in row]
     console.print(f"{parts}; {len(failed)} failed results", highlight=False)
@@ -50,6 +57,7 @@ def _tables(results: Results) -> Iterator[Table | None]:
     share = "share of the bf16 matmul ceiling"
     yield _pivot(f"convolutions: us, {share}", results.rows("convs"), _layer, _name, _conv_cell)
     yield _list("input pipelines: alone, and the PGD-AT step that they feed", results.rows("data"), DATA)
+    yield _list("step of every method: cost over PGD-AT's, and what that would be by FLOPs", results.rows("methods"), METHODS)
     yield _list("refresh of the folded weights", results.rows("refresh"), REFRESH)
     yield _list("training", results.rows("training"), TRAINING)
     yield _list("small kernels: device time, x eager, share of the copy ceiling", results.rows("small"), SMALL)
@@ -87,7 +95,7 @@ def _size(row: Row) -> str:
 def _supcon_cell(row: Row) -> str:
     replayed = "replay_ms" in row
     ms, ratio = (row["replay_ms"], row.get("replay_ratio")) if replayed else (row["ms"], row.get("ratio"))
-    share = f" {100 * row['share_of_floor']:.0f}%" if "share_of_floor" in row else ""
+    share = f" {share_text(row['share_of_floor'])}" if "share_of_floor" in row else ""
     memory = f" {row['peak_memory_mb']:.0f}MB" if row.get("peak_memory_mb") is not None else ""
     return f"{ms:.3g}{'*' * replayed}{'' if ratio is None else f' {ratio:.2f}x'}{share}{memory}"
 
@@ -105,17 +113,17 @@ def _case(row: Row) -> str:
 
 
 def _conv_cell(row: Row) -> str:
-    return f"{1e3 * row['ms']:.1f} {100 * row['share_of_bf16_matmul']:.0f}%"
+    return f"{1e3 * row['ms']:.1f} {share_text(row['share_of_bf16_matmul'])}"
 
 
 def _cell(row: Row) -> str:
     ratio = f" {row['ratio']:.2f}x" if "ratio" in row else ""
-    return f"{row['ms']:.2f}{ratio} {100 * row['share_of_bf16_matmul']:.0f}%"
+    return f"{row['ms']:.2f}{ratio} {share_text(row['share_of_bf16_matmul'])}"
 
 
 def _step_cell(row: Row) -> str:
     ratio = f" {row['ratio']:.2f}x" if "ratio" in row else ""
-    return f"{row['extrapolated_s_per_epoch']:.2f}{ratio} {100 * row['share_of_bf16_matmul']:.0f}%"
+    return f"{row['extrapolated_s_per_epoch']:.2f}{ratio} {share_text(row['share_of_bf16_matmul'])}"
 
 
 def _table(title: str) -> Table:
@@ -151,9 +159,5 @@ def _list(title: str, rows: list[Row], keys: tuple[str, ...]) -> Table | None:
     for key in ("name", *keys):
         table.add_column(key.replace("_", " "))
     for row in rows:
-        table.add_row(*(_text(row.get(key, "")) for key in ("name", *keys)))
+        table.add_row(*(shown(key, row.get(key, "")) for key in ("name", *keys)))
     return table
-
-
-def _text(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

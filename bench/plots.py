@@ -1,4 +1,4 @@
-"""The figures of bench/'s files: speed-up by stage, seconds an epoch by method, rooflines; SVG and PNG.
+"""The figures of bench/'s files: speed-up by stage, seconds an epoch, what each method costs, rooflines; SVG and PNG.
 
     python -m bench.plots FILE... [--out DIR]
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import plot_draw, plot_read, program
+from bench import method_cases, plot_draw, plot_read, program
 from bench.gpu_common import CIFAR_IMAGES
 from bench.plot_draw import Dot, Line, Panel
 from bench.plot_read import Row, Run
@@ -43,7 +43,7 @@ def draw(run: Run) -> tuple[list[Drawn], list[str]]:
     from bench import plot_roofline
 
     found, missing = [], []
-    for made in (ladders(run), epochs(run), plot_roofline.draw(run)):
+    for made in (ladders(run), epochs(run), costs(run), plot_roofline.draw(run)):
         for item in made:
             if isinstance(item, str):
                 missing.append(item)
@@ -242,6 +242,43 @@ def _bench_epochs(run: Run) -> Iterator[Panel]:
         ordered = dict(sorted(rows.items(), key=lambda row: "bf16" in row[0]))
         engine = {f"engine, {precision_of(entry)}": [Dot(*(scale * stats[key] for key in ("median", "min", "max")))]}
         yield Panel(f"{entry['group'] or entry['name']}: in turns with the engine in {precision_of(entry)}", ordered | engine)
+
+
+# --- what each method costs ----------------------------------------------------------------------------------------------------
+
+
+def costs(run: Run) -> Found:
+    """The step of every recipe over PGD-AT's, and what that would be by FLOPs alone."""
+    if run.kind == "make bench":
+        entry = next((entry for entry in run.found["benchmarks"] if entry["name"] == "test_methods"), None)
+        found = {} if entry is None else _bench_costs(entry["extra_info"])
+        title, rounds = entry and f"{entry['group']}, {precision_of(entry)}", _rounds([entry["stats"]] if entry else [])
+    elif run.kind == "bench.gpu":
+        rows = [row for row in run.rows("methods") if row["name"] != method_cases.BASE]
+        found = {row["name"]: (row["cost"], *row["cost_range"], row["flops_ratio"]) for row in rows}
+        title, rounds = rows and f"batch {rows[0]['batch']}, {rows[0]['precision']}, graph {rows[0]['graph']}", _rounds(rows)
+    else:
+        return
+    if not found:
+        yield f"{run.path}: no figure of what each method costs: it has no measured step of other methods"
+        return
+    by_cost = sorted(found.items(), key=lambda item: item[1][0])
+    panel = Panel(
+        title,
+        {name: [Dot(*cost, series="measured"), Dot(flops, series="by FLOPs", hollow=True)] for name, (*cost, flops) in by_cost},
+    )
+    caption = run.caption(WHISKERS.format(rounds=rounds), "hollow: what it would be if products alone took time")
+    base = Line(1.0, f"the step of {method_cases.BASE}")
+    made = plot_draw.dots(
+        [panel], title="What each method costs", xlabel="a step's time over PGD-AT's", caption=caption, line=base
+    )
+    yield "methods", "What each method costs", made
+
+
+def _bench_costs(info: Row) -> dict[str, tuple[float, float, float, float]]:
+    return {
+        name: (info[f"{name}_ratio_median"], *info[f"{name}_ratio_range"], flops) for name, flops in info["flops_ratio"].items()
+    }
 
 
 # --- in words ------------------------------------------------------------------------------------------------------------------

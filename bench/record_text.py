@@ -12,10 +12,11 @@ from typing import Any
 
 from bench.compare import IDENTITY
 from bench.plot_read import AHEAD_OF_TIME, Row, Run
+from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
 
 # A path from the root of two parts or more: only its last part says something elsewhere. Behind a letter it is part of a relative
 # path, but a person's folder is one behind anything, as in -I/home/jo/x. Addresses stay whole.
-ABSOLUTE = re.compile(r"https?://[^\s'\",;)\]]+|(?P<path>(?:(?<![\w.:/])|(?=/(?:home|Users)/))(?:/[^\s/'\":,;)\]]+){2,}/?)")
+ABSOLUTE = re.compile(r"https?://[^\s'\",;)\]]+|(?P<path>(?:(?<![\w./])|(?=/(?:home|Users)/))(?:/[^\s/'\":,;)\]]+){2,}/?)")
 HOME = re.compile(r"/(?:home|Users)/[^/]+/?")  # its last part is a person
 # Titles of the parts, as far as they are known.
 PARTS = {
@@ -109,6 +110,7 @@ def _ceilings(run: Run) -> list[str]:
 def _tables(run: Run) -> Iterator[str]:
     yield from {
         "make bench": _bench, "bench.ladder": _ladder, "bench.aot": _aot, "bench.compare": _comparison,
+        "bench.agreement": _agreement, "fastanchor bench-data": _bench_data,
     }.get(run.kind, _results)(run)  # fmt: skip
 
 
@@ -174,6 +176,8 @@ def _results(run: Run) -> Iterator[str]:
         yield from _rows(rows)
         if any(row["name"].startswith("predicted") for row in rows):
             yield from ["`predicted`: bench.cost's prediction from the ceilings above, not measured.", ""]
+        if any(_field(row, key) == PASSED for row in rows for key in row):
+            yield from [f"{WHY_PASSED}.", ""]
         for row in rows:
             if row.get("against"):
                 yield from [f"{row['name']} counts as no record: {'; '.join(row['against'])}.", ""]
@@ -191,11 +195,16 @@ def _rows(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
     for row in rows:
         cells = [_with_ratio(row, key) for key in times]
-        lines.append([row["name"], *(number(row.get(key)) for key in who), *cells, *(number(row.get(key)) for key in rest)])
+        lines.append([row["name"], *(number(row.get(key)) for key in who), *cells, *(_field(row, key) for key in rest)])
     yield from table(
         ["", *(key.replace("_", " ") for key in who), *(TIMED[key] for key in times), *(key.replace("_", " ") for key in rest)],
         lines,
     )
+
+
+def _field(row: Row, key: str) -> str:
+    value = row.get(key)
+    return share_text(value) if key.startswith("share_of_") and value is not None else number(value)
 
 
 def _about_peers(rows: Sequence[Row]) -> Iterator[str]:
@@ -305,3 +314,35 @@ def _comparison(run: Run) -> Iterator[str]:
     ]  # fmt: skip
     yield from table(["part", "what", "time of", "A ms", "B ms", "B / A", ""], lines)
     yield from (line for text in found["turned_bad"] for line in (f"BAD: {text}", ""))
+
+
+def _agreement(run: Run) -> Iterator[str]:
+    """Every check, and the reasons of the differences that are known."""
+    rows = run.found["rows"]
+    said = ("method", "what", "size", "precision", "loss", "gradient", "pixels", "tolerance", "agrees")
+    yield from [f"{sum(row['agrees'] for row in rows)} of {len(rows)} checks agree.", ""]
+    yield from table(said, [[number(row.get(key)) for key in said] for row in rows])
+    yield from (line for text in dict.fromkeys(row.get("known") for row in rows) if text for line in (f"Known: {text}", ""))
+    yield from _not_measured([{**row, "name": f"{row['method']}, {row['what']}"} for row in rows if "error" in row])
+
+
+def _bench_data(run: Run) -> Iterator[str]:
+    """What each backend gives alone, and what it costs the step that it feeds."""
+    settings, rows = run.found["settings"], run.found["rows"]
+    height, width = settings["image_size"]
+    yield from [
+        f"{settings['source']}: {settings['images']} training images, {width} x {height} pixels, {settings['kept']}; batches of "
+        f"{settings['batch_size']}, {settings['augment']}, {', '.join(settings['views'])}; fed to {settings['step']}, "
+        f"{settings['precision']}.", "",
+    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        if "left_out" not in row:
+            found = [(row["alone"], "images_per_s"), (row["feeding"], "ms"), (row["feeding"], "cost_percent")]
+            cells = [_with_range(of[key], of[f"{key}_range"]) for of, key in found]
+            if row["backend"] == "none":  # the ceiling: makes nothing, and is what the costs are measured from
+                cells = ["", cells[1], ""]
+            lines.append([row["name"], *cells, number(row.get("host_mb")), number(row.get("device_mb"))])
+    yield from table(["backend", "images/s alone", "ms a step it feeds", "costs the step %", "host MB", "GPU MB"], lines)
+    yield from _not_measured(rows)
+    yield from [f"{run.found['recommended']['says']}.", ""]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastanchor.ceilings import share_text
 from fastanchor.errors import UserError
 from fastanchor.files import make_folder
 
@@ -57,10 +58,10 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         self._write()
-        shown = " ".join(
-            f"{key}={_short(value)}" for key, value in values.items() if key != "error" and not isinstance(value, dict)
+        told = " ".join(
+            f"{key}={shown(key, value)}" for key, value in values.items() if key != "error" and not isinstance(value, dict)
         )
-        print(f"[{row['at_s']:6.1f} s] {part}: {name}  {shown}", flush=True)
+        print(f"[{row['at_s']:6.1f} s] {part}: {name}  {told}", flush=True)
         if "error" in values:
             print(values["error"].strip().splitlines()[-1], flush=True)
 
@@ -104,6 +105,11 @@ def time_box(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def shown(key: str, value: Any) -> str:
+    """A result's field for people, in a few digits; a share of a ceiling as `ceilings.share_text` has it."""
+    return share_text(value) if key.startswith("share_of_") and isinstance(value, float) else _short(value)
 
 
 def _short(value: Any) -> str:

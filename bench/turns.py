@@ -42,6 +42,9 @@ class Sizes:
     evaluation_batch: int = 125
     evaluation_steps: int = 20
     evaluation_rounds: int = 3
+    # Narrow again: a round has the steps of fifteen recipes.
+    method_width: int = 16
+    method_rounds: int = 5
     data_images: int = 5120
     data_batch: int = 128
     # Of what takes milliseconds.
@@ -51,8 +54,8 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(
     quick=True, width=4, batch=4, pixels=16, steps=2, rounds=2, epoch_images=8, epoch_rounds=2, evaluation_width=4,
-    evaluation_train_steps=3, evaluation_images=40, evaluation_batch=20, evaluation_steps=2, evaluation_rounds=2, data_images=32,
-    data_batch=8, short_rounds=2,
+    evaluation_train_steps=3, evaluation_images=40, evaluation_batch=20, evaluation_steps=2, evaluation_rounds=2,
+    method_width=4, method_rounds=2, data_images=32, data_batch=8, short_rounds=2,
 )  # fmt: skip
 
 

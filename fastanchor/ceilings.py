@@ -1,6 +1,7 @@
 """What a device can do at most, measured: matrix products in bf16 and fp32 (on a CPU convolutions too), and copying of memory.
 
 Every "share of the ceiling" is a share of these, measured in the process that reports it: clocks and neighbours change.
+`share_text` is how a share is shown.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ CHANNELS, PIXELS, KERNEL, MOST_IMAGES = 256, 8, 3, 32
 # Far beyond the last cache: 50 MiB on an H100, some 32 MiB on most processors.
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 
+# What was measured as a ceiling and then passed is none, so a share of it says nothing.
+PASSED = "passed"
+WHY_PASSED = f"{PASSED}: the ceiling was measured low (a busy device), or is none for this work (a processor slow in bf16)"
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -45,6 +50,11 @@ def measure_ceilings(device: str | torch.device, *, seconds: float | None = None
     """
     bf16, fp32 = (matmul_rate(device, dtype, seconds=seconds) for dtype in (torch.bfloat16, torch.float32))
     return Ceilings(bf16, fp32, copy_bandwidth(device, seconds=seconds))
+
+
+def share_text(share: float) -> str:
+    """A share of a ceiling for people, 1 being all: `40 %`, or PASSED where it rounds to more than all, which nothing can be."""
+    return PASSED if share >= 1.005 else f"{share:.0%}".replace("%", " %")
 
 
 def matmul_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: float | None = None) -> float:

@@ -46,9 +46,10 @@ def package_versions() -> dict[str, str | None]:
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the number of threads."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU: {_processor()}, {torch.get_num_threads()} threads"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU: {_processor()}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def describe(device: torch.device) -> dict:

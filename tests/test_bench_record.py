@@ -83,13 +83,16 @@ def test_a_gpus_record_names_it_and_labels_predictions(tmp_path, no_figures):
     left_out = ("small", "compiled", {"left_out": "12 s were left"})
     wrong = ("supcon", "kernels", {"case": "topk", "gradient_relative": 0.5, "ok": False})
     right = [("supcon", "kernels", {"case": "default", "gradient_relative": 1e-4, "ok": True})] * 3
-    rows = [*bench_files.attack_rows((128,)), *bench_files.step_rows((128,)), failed, left_out, wrong, *right]
+    attacks = [*bench_files.attack_rows((128,))]
+    attacks[0][2]["share_of_bf16_matmul"] = 1.41
+    rows = [*attacks, *bench_files.step_rows((128,)), failed, left_out, wrong, *right]
     path = bench_files.put(tmp_path, "gpu.json", bench_files.run_file(rows))
     assert run(tmp_path, "fake", path) == 0
     text = (tmp_path / "records" / "2026-11-30_fake" / "README.md").read_text()
     assert "GPU: fake GPU. These are figures of this GPU." in text and "CPU" not in text
     assert "matmul bf16 400 and fp32 40 TFLOP/s, copy 2500 GB/s" in text
-    assert "| graphed, aten | 128 | bf16 | no | 6.667 (6 to 7.333) | 6.00 (5.40 to 6.60) | 19,200 | 100 | 0.25 | 900 |" in text
+    assert "| graphed, aten | 128 | bf16 | no | 6.667 (6 to 7.333) | 6.00 (5.40 to 6.60) | 19,200 | 100 | 25 % | 900 |" in text
+    assert text.count("| passed |") == text.count("\npassed: the ceiling was measured low") == 1
     assert "`predicted`: bench.cost's prediction from the ceilings above, not measured." in text
     assert "Left out: compiled: 12 s were left." in text and "FAILED: engine, bf16, compile: RuntimeError: no" in text
     assert "3 of 4 judged right; 0 without a verdict." in text and "| kernels | topk | 0.5 | no |" in text
@@ -117,6 +120,31 @@ def test_kernels_compiled_ahead_of_time(tmp_path, no_figures, capsys):
     text = (tmp_path / "records" / "2026-11-22_aot" / "README.md").read_text()
     assert "Ahead-of-time compilation, no GPU: nothing here was run or timed." in text
     assert "| sm_90 | 2 | 1 | 200 | 8 | 1000 |" in text and "median" not in text
+
+
+def test_input_pipelines_and_agreement(tmp_path, no_figures):
+    """Of the files that the repository has: what they measured, and what was left out."""
+    found = json.loads((record.RECORDS / "2026-11-22_data-cpu" / "folder.json").read_text())
+    found["rows"].append({**found["rows"][-1], "name": "torch, 9 workers", "left_out": "no room"})
+    path = bench_files.put(tmp_path, "folder.json", found)
+    assert run(tmp_path, "pipes", path, "--date", "2026-11-22") == 0
+    text = (tmp_path / "records" / "2026-11-22_pipes" / "README.md").read_text()
+    for line in (
+        "folder:cifar10-jpeg: 49000 training images, 32 x 32 pixels, encoded; batches of 128, crop_flip, aug; fed to resnet18 of "
+        "width 8, PGD-10, fp32.",
+        "| ceiling: one batch again |  | 377.9 (363.1 to 441.5) |  |  |",
+        "| dali, cpu | 16,935 (15,483 to 17,508) | 379.9 (365.9 to 404.2) | -0.8483 (-13.97 to 11.32) | 99.17 |",
+        "Left out: torch, 9 workers: no room.",
+        "use resident, as auto does: the images are in memory already.",
+    ):
+        assert line in text.splitlines(), line
+    found = json.loads((record.RECORDS / "2026-11-22_agreement" / "agreement.json").read_text())
+    failed = {**found["rows"][0], "agrees": False, "error": "ValueError: no such name", "known": "rounds otherwise"}
+    path = bench_files.put(tmp_path, "agreement.json", {**found, "rows": [*found["rows"][1:3], failed]})
+    assert run(tmp_path, "agreement", path, "--date", "2026-11-22") == 0
+    text = (tmp_path / "records" / "2026-11-22_agreement" / "README.md").read_text()
+    assert "2 of 3 checks agree." in text and "| 1e-09 | yes |" in text and "Known: rounds otherwise" in text
+    assert f"FAILED: {failed['method']}, {failed['what']}: ValueError: no such name" in text
 
 
 def test_what_a_speedrun_and_peers_have_is_shown(tmp_path, no_figures):
@@ -222,6 +250,7 @@ def test_a_failure_leaves_no_half_record(tmp_path, monkeypatch, failure, capsys)
         ("in /home/jo/ and /Users/jo", "in ~ and ~"),
         ("https://github.com/a/b and images/s, 3/4/5", "https://github.com/a/b and images/s, 3/4/5"),
         ("runs/a/b.json", "runs/a/b.json"),
+        ("--data folder:/mnt/jo/images, ssh://host/a/b", "--data folder:images, ssh://host/a/b"),
         ("cc -I/home/jane/secret/x -L/Users/jo/lib -o y", "cc -Ix -Llib -o y"),
         ("PATH=/opt/a/bin:/home/jo/bin at file:///home/jo/x", "PATH=bin:bin at file://x"),
         ("(https://github.com/home/b/c, /home/jo/x)", "(https://github.com/home/b/c, x)"),

@@ -21,7 +21,7 @@ from graph_emulator import Emulator
 from PIL import Image
 from rich.console import Console
 
-from bench import cases, compare, data_cases, gpu_data, naive, naive_loop, test_evaluation, turns
+from bench import cases, compare, data_cases, gpu_data, method_cases, naive, naive_loop, test_evaluation, turns
 from bench import conftest as suites
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.results import Results
@@ -289,10 +289,14 @@ def test_the_table_has_naive_second_rung_and_ours_with_their_ratios():
     )
     assert "attack and whole step: ResNet-18 of width 32, batch 32, 32 x 32 pixels, 7 rounds" in text
     assert row_of(text, "attack, PGD-10", "4.31") == [
-        "attack, PGD-10", "bf16", "1640", "745", "380", "4.31 (3.88 to 4.74)", "1.96 (1.76 to 2.16)", "28%",
+        "attack, PGD-10", "bf16", "1640", "745", "380", "4.31 (3.88 to 4.74)", "1.96 (1.76 to 2.16)", "28 %",
     ]  # fmt: skip
-    assert row_of(text, "whole step", "2.05")[-3:] == ["2.05 (1.84 to 2.25)", "0.98 (0.88 to 1.08)", "61%"]
+    assert row_of(text, "whole step", "2.05")[-3:] == ["2.05 (1.84 to 2.25)", "0.98 (0.88 to 1.08)", "61 %"]
     assert text.index("attack and whole step") < text.index("the other suites") < text.index("extrapolated")
+    assert "passed" not in text
+    passed = shown([{**ENTRIES[0], "extra_info": {**ENTRIES[0]["extra_info"], "share_of_bf16_matmul": 1.41}}])
+    assert row_of(passed, "attack, PGD-10", "4.31")[-1] == "passed" and "\npassed: the ceiling was" in passed
+    assert max(map(len, passed.splitlines())) <= suites.WIDTH
 
 
 def test_the_other_suites_follow_with_all_that_took_part():
@@ -347,8 +351,8 @@ def test_all_suites_run_in_order_and_write_one_file(tmp_path):
     assert names[:2] == ["test_attack[fp32]", "test_attack[bf16]"] and set(names[2:6]) == set(steps)
     kinds = list(dict.fromkeys(name.partition("[")[0] for name in names))
     assert kinds == [
-        "test_attack", "test_whole_step", "test_epoch", "test_robust_accuracy", "test_pipeline", "test_files", "test_loss",
-        "test_attack_update", "test_augmentation",
+        "test_attack", "test_whole_step", "test_methods", "test_epoch", "test_robust_accuracy", "test_pipeline", "test_files",
+        "test_loss", "test_attack_update", "test_augmentation",
     ]  # fmt: skip
     by_name = {entry["name"]: entry["extra_info"] for entry in found["benchmarks"]}
     for name in ("test_attack[fp32]", "test_attack[bf16]", *steps):
@@ -357,6 +361,9 @@ def test_all_suites_run_in_order_and_write_one_file(tmp_path):
         for peer in ("naive", "second_rung"):
             low, high = info[f"{peer}_ratio_range"]
             assert low <= info[f"{peer}_ratio_median"] <= high and info[f"{peer}_range_s"][0] <= info[f"{peer}_median_s"]
+    costs = by_name["test_methods"]
+    assert costs["left_out"] == method_cases.LEFT_OUT and costs["flops_ratio"].keys() == {*method_cases.RECIPES[1:]}
+    assert all(f"{name}_ratio_median" in costs for name in costs["flops_ratio"])
     robust = by_name["test_robust_accuracy"]["robust_percent"]
     assert {"ours", "naive"} <= set(robust) and "autoattack" in by_name["test_robust_accuracy"]["left_out"]
     # What the hook adds.

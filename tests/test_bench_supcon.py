@@ -191,7 +191,7 @@ def test_one_that_fails_or_runs_out_of_memory_is_a_row_and_graphs_are_replayed(b
     assert eager["replay_ratio"] == eager["ratio"] == 1
     assert eager["replay_ms"] == pytest.approx(eager["replay_forward_ms"] + eager["replay_backward_ms"])
     cell = gpu_tables._supcon_cell({**eager, "peak_memory_mb": 12.0})
-    assert cell == f"{eager['replay_ms']:.3g}* 1.00x 50% 12MB"
+    assert cell == f"{eager['replay_ms']:.3g}* 1.00x 50 % 12MB"
 
 
 # --- what is left out, and why -----------------------------------------------------------------------------------------------------

@@ -151,3 +151,9 @@ def test_ceilings_of_a_gpu_leave_its_memory_and_random_state():
     # The libraries keep a workspace of some tens of MB; the matrices and buffers are gone.
     assert torch.cuda.memory_allocated() - held < 2**27
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+def test_no_share_is_above_all():
+    assert [ceilings.share_text(share) for share in (0.0, 0.404, 1.0, 1.004)] == ["0 %", "40 %", "100 %", "100 %"]
+    assert ceilings.share_text(1.006) == ceilings.share_text(1.41) == ceilings.PASSED
+    assert ceilings.WHY_PASSED.startswith(ceilings.PASSED)

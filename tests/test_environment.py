@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastanchor import environment
 
 SAYS = "from fastanchor import environment; print(environment.describe(environment.pick_device('cpu'))['command'])"
 
@@ -26,3 +29,10 @@ def test_the_command_is_the_one_that_was_typed(tmp_path, started, expected):
     root = Path(__file__).parents[1]
     ended = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": f".:{root}"}, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("threads, said", [(1, "1 thread"), (2, "2 threads")])
+def test_the_processor_is_named_with_its_threads(monkeypatch, threads, said):
+    monkeypatch.setattr(environment, "_processor", lambda: "X")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert environment.device_name(torch.device("cpu")) == f"CPU: X, {said}"

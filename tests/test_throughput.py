@@ -19,6 +19,7 @@ from fastanchor.methods import Adversary, Method, Runner, build_method
 from fastanchor.models import build_model
 from fastanchor.settings import with_method
 from fastanchor.train import throughput
+from fastanchor.train.progress import speed_line
 from fastanchor.train.run import RunDir
 from fastanchor.train.throughput import StepCost, Throughput, step_cost
 
@@ -136,6 +137,15 @@ def meter(monkeypatch):
     """A meter on a CPU of 1 GFLOP/s, in a run that began at 10 s."""
     monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype: {torch.bfloat16: 1e9}[dtype])
     return Throughput(torch.device("cpu"), started=10.0)
+
+
+def test_the_line_for_people_has_no_share_above_all(meter):
+    """Of 1 GFLOP/s: a half, and twice as much as there is."""
+    half, twice = (
+        speed_line({**meter.epoch(images=100, seconds=s, cost=StepCost(4_000_000, 1_000_000)), "seconds": s}) for s in (1.0, 0.25)
+    )
+    assert "0.0005 model TFLOP/s, 50 % of this device's measured bf16 matmul rate; peak memory" in half
+    assert "0.002 model TFLOP/s, bf16 matmul rate passed: the ceiling was measured low" in twice and "%" not in twice
 
 
 def test_rates_of_an_epoch(meter):

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
 from fastanchor.config import Config
 from fastanchor.data.sources import ImageSet
 from fastanchor.evaluate import figures
@@ -68,11 +69,12 @@ def speed_section(rows: list[Row], device: str) -> str:
     if not any(_values(rows, key) for key in SPEED_KEYS):
         return ""
     stages = {f"stage {stage}": own for stage in (1, 2) if (own := [row for row in rows if row["stage"] == stage])}
+    shares = [_median(own, "share_of_bf16_matmul") for own in stages.values()]
     lines = {
         "time an epoch": _cells(stages, "seconds", _median, " s"),
         "images a second": _cells(stages, "images_per_s", _median),
         "model TFLOP/s": _cells(stages, "tflops", _median),
-        "share of bf16 matmul": _cells(stages, "share_of_bf16_matmul", _median, " %", scale=100),
+        "share of bf16 matmul": ["" if share is None else share_text(share) for share in shares],
         "peak memory": _cells(stages, "peak_memory_mb", lambda own, key: max(_values(own, key), default=None), " MB"),
         "time to first step": _cells(stages, "first_step_s", lambda own, key: next(iter(_values(own, key)), None), " s"),
     }
@@ -83,7 +85,7 @@ def speed_section(rows: list[Row], device: str) -> str:
         "rate. Their share is of the rate of large bf16 matrix products, measured on this device before the training. Peak "
         "memory, since the run began: of all tensors on a GPU, of the whole process on a CPU. Time to first step: from the run's "
         "beginning, measuring and compiling included."
-    )
+    ) + (f" {WHY_PASSED.capitalize()}." if PASSED in lines["share of bf16 matmul"] else "")
     shown = {name: cells for name, cells in lines.items() if any(cells)}
     return section("Speed", figure(table(shown, list(stages)), caption))
 
@@ -100,12 +102,10 @@ def three_digits(value: float) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
 
 
-def _cells(
-    stages: dict[str, list[Row]], key: str, pick: Callable[[list[Row], str], float | None], unit: str = "", scale: float = 1
-) -> list[str]:
+def _cells(stages: dict[str, list[Row]], key: str, pick: Callable[[list[Row], str], float | None], unit: str = "") -> list[str]:
     """What `pick` makes of a metric in each stage, in words; nothing where the stage has none."""
     values = [pick(rows, key) for rows in stages.values()]
-    return ["" if value is None else three_digits(scale * value) + unit for value in values]
+    return ["" if value is None else three_digits(value) + unit for value in values]
 
 
 def _median(rows: list[Row], key: str) -> float | None:

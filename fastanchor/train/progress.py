@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
+
 
 class PipeConsole(Console):
     """A console that lets the program know when its reader has gone; rich would end the program."""
@@ -96,8 +98,10 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 def speed_line(row: dict[str, Any]) -> str:
     """What the last epoch of a stage says of its speed."""
+    share = share_text(row["share_of_bf16_matmul"])
+    told = f"bf16 matmul rate {WHY_PASSED}" if share == PASSED else f"{share} of this device's measured bf16 matmul rate"
     return (
         f"speed: {row['seconds']:.3g} s an epoch, {row['images_per_s']:,.0f} images/s, {row['tflops']:.3g} model TFLOP/s, "
-        f"{100 * row['share_of_bf16_matmul']:.0f} % of this device's measured bf16 matmul rate; peak memory "
+        f"{told}; peak memory "
         f"{row['peak_memory_mb']:,.0f} MB"
     )

@@ -1,0 +1,71 @@
+"""The training step of every packaged recipe on random images of CIFAR-10's shape: what each method costs on the engine.
+
+Each as its recipe has it (attack, views, heads, BatchNorm sets, optimiser, weight average), all at one batch size and precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench import cases
+from fastanchor.config import Config
+from fastanchor.data.feeds import feed_spec
+from fastanchor.data.resident import ResidentFeed
+from fastanchor.data.sources import ImageSet, Split
+from fastanchor.methods import METHODS
+from fastanchor.settings import load_recipe, parse_flags
+from fastanchor.train.optim import WeightAverage, build_optimizer, set_learning_rate
+from fastanchor.train.run import model_from_config
+from fastanchor.train.stages import stage_method
+from fastanchor.train.step import TrainStep
+from fastanchor.train.throughput import StepCost, step_cost
+
+# PGD-AT is what all others are read against: adversarial training and nothing besides.
+BASE = "pgd_at"
+# Recipes that reach another cost than their method's own.
+MORE = ("fgsm_rs", "nfgsm", "pgd_at_awp", "trades_awp")
+LEFT_OUT = {"clead_code": "its loss needs a trained network as loss.source"}
+RECIPES = (BASE, *sorted(name for name in (*METHODS, *MORE) if name != BASE and name not in LEFT_OUT))
+# AdvCL's finest clustering has 500 clusters, each of which needs an image.
+LEAST_IMAGES = 512
+
+
+def make_images(batch: int, pixels: int) -> ImageSet:
+    """Random images with labels, enough for a batch and for what methods prepare of them."""
+    split = Split(*cases.make_batch(max(batch, LEAST_IMAGES), pixels, torch.device("cpu")))
+    return ImageSet("random", tuple(map(str, range(cases.CLASSES))), split, split, split)
+
+
+def make_config(name: str, batch: int, *, precision: str, graph: str = "off", width: int | None = None) -> Config:
+    """Stage 1 of a recipe of RECIPES; width: channels of the first stage (None: the published 64)."""
+    flags = ["--batch-size", str(batch), "--precision", precision, "--engine.graph", graph]
+    flags += [] if width is None else ["--model.width", str(width)]
+    config = load_recipe(name)
+    # From the first step on: that is what nearly all epochs cost.
+    flags += ["--optim.awp-start", "0"] if config.optim.awp_gamma > 0 else []
+    return parse_flags(flags, config)
+
+
+def make_step(config: Config, images: ImageSet, device: torch.device) -> tuple[Callable[[], None], StepCost]:
+    """(a call that trains on one batch, what the algorithm needs for one image of it).
+
+    The learning rate is 0: a training that diverges would be timed on other numbers than one that does not.
+    """
+    torch.manual_seed(0)
+    bn_sets = METHODS[config.method].bn_sets
+    model = model_from_config(config, images.num_classes, (0.5,) * 3, (0.25,) * 3, bn_sets).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    method = stage_method(config, 1, images, model, device)
+    method.start_epoch(1, model)
+    optimizer = build_optimizer(method.trainable(model), config.optim)
+    set_learning_rate(optimizer, 0.0)
+    average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+    feed = ResidentFeed(images.train, feed_spec(config.data, method.drawn, method.indexed, device))
+    step = TrainStep(config, method, model, optimizer, average, device, feed.load)
+    step.reset({"augment": 0, "attack": 1})
+    cost = step_cost(method, model, images.image_shape)
+    indices = torch.arange(config.batch_size, device=device)
+    return lambda: step(indices, progress=0.0), cost.perturbed() if config.optim.awp_gamma > 0 else cost
