@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from bench import cases
 from bench.peers.clones import Session
-from fastanchor.config import Config
 from fastanchor.data import views
 from fastanchor.data.resident import ResidentSplit
 from fastanchor.data.sources import Split
@@ -60,6 +60,7 @@ class Work(NamedTuple):
     """call: trains on `batches` batches. clock: seconds that the peer's own clock has counted so far (None: ours is used).
 
     model: the network that is trained, or attacked; None where there is none. images: in a batch (None: as the run has it).
+    flops: that the algorithm needs for one image, where the work knows them.
     """
 
     call: Callable[[], object]
@@ -67,6 +68,7 @@ class Work(NamedTuple):
     model: nn.Module | None = None
     clock: Callable[[], float] | None = None
     images: int | None = None
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class Variant:
     """One thing that a repository does. what: "step" | "attack" | "loader" | "run".
 
     computes: the method in data. forwards: of its network in a step, by mode, as (for each step of the attack, besides them).
-    differs: how it is other than our step. counterpart: of bench.cases.METHODS, with `adjust` applied to its configuration; None
-    where the engine has no such method, and then `reason` says so. steps, width: what the code has fixed. needs: modules.
+    differs: how it is other than our step. counterpart: of fastanchor.methods.METHODS, by its packaged recipe with `settings`, in
+    groups, where the repository has others, and with what `files` (a folder to write into, how many images there are) returns;
+    None where the engine cannot do the same, and then `reason` says why. steps, width: what the code has fixed. needs: modules.
     cudnn_benchmark: its script switches that on.
     """
 
@@ -86,7 +89,8 @@ class Variant:
     what: str = "step"
     counterpart: str | None = None
     reason: str | None = None
-    adjust: Callable[[Config], Config] = lambda config: config
+    settings: dict[str, Any] = field(default_factory=dict)
+    files: Callable[[Path, int], dict[str, Any]] = lambda folder, images: {}
     forwards: dict[str, tuple[int, int]] = field(default_factory=dict)
     steps: int | None = None
     width: int | None = 64

@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,6 +87,13 @@ def _batches(case: Case) -> Batches:
     return made
 
 
+def _files(folder: Path, images: int) -> dict[str, Any]:
+    """Random pseudo-labels for ours too, in a file."""
+    path = folder / "pseudo_labels.npy"
+    np.save(path, np.random.default_rng(0).integers(0, CLUSTERS, (images, len(CLUSTERS))))
+    return {"loss": {"clusters": list(CLUSTERS), "pseudo_labels": str(path)}}
+
+
 VARIANTS = (
     Variant(
         "train",
@@ -99,13 +109,16 @@ VARIANTS = (
             "views": 5,
         },
         (
-            "pseudo-labels are drawn at random",
+            "pseudo-labels are drawn at random, for ours too",
             "on one device, without DataParallel and apex's SyncBatchNorm",
-            "three clean views are forwarded anew in every step of the attack",
+            "three clean views are forwarded anew in every step of the attack; ours once, which serves the loss too",
+            "the two adversaries' losses are one sum, each with its projection and a prediction that no loss uses",
             "the frequency mask is made pixel by pixel in every batch",
             "the loss is read back in every batch",
+            "prepared batches: not augmented in its time, where ours makes two SimCLR views and a cropped one",
         ),
-        reason="the engine has no AdvCL yet",
+        counterpart="advcl",
+        files=_files,
         forwards={"train": (5, 5)},
         steps=STEPS,
         cudnn_benchmark=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,6 @@ from torch import nn
 from bench import cases
 from bench.peers.adapter import Case, Variant, Work
 from bench.peers.clones import Session
-from fastanchor.config import Config
 
 # What run_cifar10.py and run_baseline.py hand to the script, beyond its defaults.
 RECIPES = {
@@ -77,16 +75,13 @@ def _make_attack(session: Session, case: Case) -> Work:
     return Work(call, 1, model)
 
 
-def _train_mode(config: Config) -> Config:
-    return dataclasses.replace(config, attack=dataclasses.replace(config.attack, bn="train"))
-
-
 WASTE = (
     "loss.backward() in the attack makes the gradients of all weights",
     "each step of the attack moves the running statistics",
     "one more forward after the attack picks the best of one restart",
 )
 LOGGING = "two more forwards with their graphs, and accuracies read back, in every batch for the log"
+PREPARED = "prepared batches: not augmented in its time"
 COMMON = {"bn": "train", "precision": "fp32", "label_smoothing": 0.0, "weight_average": None}
 VARIANTS = (
     Variant(
@@ -98,8 +93,8 @@ VARIANTS = (
             "attack": "PGD, linf, 0.031, step 0.007, on the cross-entropy",
             "model": "ResNet-18, width 64, normalised, linear projection to 128",
         },
-        (*WASTE, LOGGING, "the contrastive loss is dense and fp64"),
-        reason="the engine has no ASCL yet",
+        (*WASTE, LOGGING, PREPARED, "the contrastive loss is fp64, ours fp32", "terms of weight 0 are computed"),
+        counterpart="ascl",
         forwards={"train": (1, 5)},
         needs=("torchvision",),
     ),
@@ -112,9 +107,9 @@ VARIANTS = (
             "attack": "PGD, linf, 0.031, step 0.007, on the cross-entropy",
             "model": "ResNet-18, width 64, normalised",
         },
-        (*WASTE, LOGGING, "a clean forward whose loss has weight 0"),
-        counterpart="PGD-AT",
-        adjust=_train_mode,
+        (*WASTE, LOGGING, PREPARED, "a clean forward whose loss has weight 0"),
+        counterpart="pgd_at",
+        settings={"attack": {"eps": EPS, "step_size": STEP_SIZE, "bn": "train"}},
         forwards={"train": (1, 5)},
         needs=("torchvision",),
     ),
@@ -129,8 +124,8 @@ VARIANTS = (
         },
         WASTE,
         what="attack",
-        counterpart="PGD-AT",
-        adjust=_train_mode,
+        counterpart="pgd_at",
+        settings={"attack": {"bn": "train"}},
         forwards={"train": (1, 1)},
         needs=("torchvision",),
     ),

@@ -15,7 +15,6 @@ import torch
 
 from bench.peers.adapter import Batches, Case, Variant, Work
 from bench.peers.clones import Session
-from fastanchor.config import Config
 
 TAU, SMOOTHING = 0.9995, 0.4
 # More batches a call with its loader: its workers start anew each epoch, and what that takes should not count for much.
@@ -72,14 +71,6 @@ def _loader(session: Session, case: Case, workers: int) -> torch.utils.data.Data
     return torch.utils.data.DataLoader(pictures, case.batch, shuffle=True, num_workers=workers, multiprocessing_context=context)
 
 
-def _same(config: Config, average: bool) -> Config:
-    return dataclasses.replace(
-        config,
-        loss=dataclasses.replace(config.loss, label_smoothing=SMOOTHING),
-        optim=dataclasses.replace(config.optim, ema_decay=TAU if average else 0.0),
-    )
-
-
 COMPUTES = {
     "method": "PGD-AT",
     "attack": "PGD-10 of torchattacks, linf, 8/255, step 2/255, on the cross-entropy",
@@ -94,20 +85,21 @@ DIFFERS = (
     "cudnn.deterministic is on, cudnn.benchmark off, as its set_seed leaves them",
     "prepared batches: not augmented in its time",
 )
+SMOOTHED = {"loss": {"label_smoothing": SMOOTHING}}
 COMMON = {
-    "counterpart": "PGD-AT",
+    "counterpart": "pgd_at",
     "forwards": {"eval": (1, 0), "train": (0, 1)},
     "steps": 10,
     "needs": ("torchattacks", "torchvision", "yaml", "PIL"),
 }
 VARIANTS = (
-    Variant("pgd_at", _make, COMPUTES, DIFFERS, adjust=functools.partial(_same, average=False), **COMMON),
+    Variant("pgd_at", _make, COMPUTES, DIFFERS, settings=SMOOTHED, **COMMON),
     Variant(
         "pgd_at_wa",
         functools.partial(_make, config="pgd_at_wa"),
         {**COMPUTES, "weight_average": TAU},
         (*DIFFERS, "the weight average is made key by key, in Python"),
-        adjust=functools.partial(_same, average=True),
+        settings={**SMOOTHED, "optim": {"ema_decay": TAU}},
         **COMMON,
     ),
     Variant(
@@ -119,7 +111,7 @@ VARIANTS = (
             "its code within torch.autocast, model and batches in channels-last, cudnn.benchmark on; otherwise as it is",
             DIFFERS[2],
         ),
-        adjust=functools.partial(_same, average=False),
+        settings=SMOOTHED,
         cudnn_benchmark=True,
         **COMMON,
     ),
@@ -128,7 +120,7 @@ VARIANTS = (
         functools.partial(_make, loader=True),
         COMPUTES,
         (*DIFFERS[:2], "its transform on PIL images in the DataLoader of its main.py, whose workers start anew each epoch"),
-        adjust=functools.partial(_same, average=False),
+        settings=SMOOTHED,
         **COMMON,
     ),
 )

@@ -1,7 +1,7 @@
 """A peer and what of ours does the same, timed in turns in one process: `python -m bench.peers`, and through it bench.gpu.
 
 Every row: `peer` (whose comparison it belongs to), `what` (step, attack, evaluation, loader, run), `batch`, `ms` of one batch.
-The peer is the base: `ratio` > 1 is that many times quicker than the peer. Where the engine has no such method it stands alone.
+The peer is the base: `ratio` > 1 is that many times quicker than the peer. Where the engine cannot do the same it stands alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import gc
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from bench import cases, naive
+from bench import cases, method_cases, naive
 from bench.gpu_common import CIFAR_IMAGES, NEEDS_CUDA
 from bench.peers import ATTACKS, REPOSITORIES, attacks
 from bench.peers.adapter import Case, Variant, Work
@@ -29,11 +29,11 @@ from fastanchor.attacks import PGD
 from fastanchor.config import Config
 from fastanchor.data import views
 from fastanchor.data.resident import ResidentSplit
-from fastanchor.data.sources import Split
-from fastanchor.methods import build_method
+from fastanchor.data.sources import ImageSet, Split
+from fastanchor.methods import method_class
 from fastanchor.models import mac_count
 from fastanchor.ops import images as operators
-from fastanchor.train.throughput import step_cost
+from fastanchor.settings import from_dict
 
 PART = "peers"
 NAIVE, SECOND_RUNG = "naive, fp32", "second rung (bf16 autocast, channels-last)"
@@ -117,7 +117,8 @@ def compare(
 ) -> None:
     """Make each, time those that can be made in turns, a row each. The first is the peer: without it there is no comparison.
 
-    fields: what each one's row says; flops: of the algorithm, for one image; extrapolate: ms also as an epoch of 50,000 images.
+    fields: what each one's row says; flops: of the algorithm, for one image (None: as one of the works knows them); extrapolate:
+    ms also as an epoch of 50,000 images.
     """
     works: dict[str, Work] = {}
     memory = {}
@@ -143,6 +144,7 @@ def compare(
             del works[broken.name]
     if times is None:
         return
+    flops = flops or next((work.flops for work in works.values() if work.flops), None)
     for name, found in times.items():
         work, row = works[name], summary(found, times[peer])
         batch = work.images or run.batch
@@ -274,29 +276,35 @@ def _benchmarked(call: Call, on: bool) -> Call:
     return switched
 
 
-def step_makers(run: Run, case: Case, config: Config) -> dict[str, Callable[[], Work]]:
-    """The naive step and the engine's on a resident set, so configured. The naive one knows no smoothing and no average.
+def configured(variant: Variant, case: Case, folder: Path, images: ImageSet) -> Config:
+    """The counterpart as the variant computes it, in fp32 and without a graph. folder: for files that its settings name."""
+    config = method_cases.make_config(variant.counterpart, case.batch, precision="fp32", width=case.width)
+    for values in ({"attack": {"steps": case.steps}}, variant.settings, variant.files(folder, len(images.train))):
+        config = from_dict(values, variant.name, config)
+    return config
 
-    The engine's under cudnn.benchmark, as the training loop has it.
+
+def step_makers(run: Run, case: Case, config: Config, images: ImageSet) -> dict[str, Callable[[], Work]]:
+    """The engine's step on a resident set, so configured, and before it the naive one where that computes the method.
+
+    The naive one knows no smoothing and no average. The engine's under cudnn.benchmark, as the training loop has it.
     """
     indices = torch.arange(case.batch, device=run.device)
 
     def plain(second_rung: bool) -> Work:
-        step = cases.make_naive_step(case.width, run.device, config.loss.hsc, case.steps, second_rung=second_rung)
+        step = cases.make_naive_step(case.width, run.device, cases.METHODS["PGD-AT"], case.steps, second_rung=second_rung)
         return Work(_benchmarked(lambda: step(*case.data.take(indices)), second_rung))
 
-    def engine(**settings: Any) -> Work:
-        precision = settings.pop("precision")
-        kept = dataclasses.replace(config, precision=precision, engine=dataclasses.replace(config.engine, **settings))
-        model = cases.make_model(case.width, run.device)
-        step = cases.make_step(kept, model, run.device, case.data.rows)
-        return Work(_benchmarked(lambda: step(indices, progress=0.0), run.device.type == "cuda"), 1, model)
+    def engine(precision: str, graph: str = "off") -> Work:
+        kept = dataclasses.replace(config, precision=precision, engine=dataclasses.replace(config.engine, graph=graph))
+        call, cost = method_cases.make_step(kept, images, run.device)
+        return Work(_benchmarked(call, run.device.type == "cuda"), flops=cost.total)
 
-    settings = {"engine, fp32": {"precision": "fp32"}, "engine, bf16": {"precision": "bf16"}}
-    if run.device.type == "cuda":
-        settings["engine, bf16, graph"] = {"precision": "bf16", "graph": "on"}
-    made = {name: functools.partial(engine, **kept) for name, kept in settings.items()}
-    return {NAIVE: lambda: plain(False), _second_rung(run): lambda: plain(True)} | made
+    made: dict[str, Callable[[], Work]] = {}
+    if config.method == "pgd_at":
+        made = {NAIVE: lambda: plain(False), _second_rung(run): lambda: plain(True)}
+    made |= {"engine, fp32": lambda: engine("fp32"), "engine, bf16": lambda: engine("bf16")}
+    return made | ({"engine, bf16, graph": lambda: engine("bf16", "on")} if run.device.type == "cuda" else {})
 
 
 def loader_makers(run: Run, case: Case) -> dict[str, Callable[[], Work]]:
@@ -328,7 +336,8 @@ def measure_clone(run: Run, clone: Clone, variants: tuple[Variant, ...] | None =
         variants = importlib.import_module(known.adapter).VARIANTS
     for variant in variants:
         name = f"{clone.name}: {variant.name}"
-        fields = {"peer": name, "what": variant.what, "batch": run.batch, "counterpart": variant.counterpart}
+        ours = None if variant.counterpart is None else method_class(variant.counterpart).title
+        fields = {"peer": name, "what": variant.what, "batch": run.batch, "counterpart": ours}
         reason = _left_out(run, variant)
         if reason is not None:
             run.results.add(PART, name, **fields, left_out=reason)
@@ -351,11 +360,10 @@ def _measure_variant(run: Run, session: Session, variant: Variant, name: str, fi
     makers: dict[str, Callable[[], Work]] = {name: lambda: variant.make(session, case)}
     flops = None
     if variant.counterpart is not None:
-        config = variant.adjust(cases.make_config(cases.METHODS[variant.counterpart], case.steps))
+        images = method_cases.make_images(case.batch, case.pixels)
+        config = configured(variant, case, session.workdir, images)
         if variant.what == "step":
-            makers |= step_makers(run, case, config)
-            cpu = cases.make_model(case.width, torch.device("cpu"))
-            flops = step_cost(build_method(config), cpu, (case.pixels, case.pixels)).total
+            makers |= step_makers(run, case, config, images)
         elif variant.what == "attack":
             makers |= attack_makers(run, case, config.attack.bn)
             flops = 4 * case.steps * mac_count(cases.make_model(case.width, torch.device("cpu")), case.pixels)

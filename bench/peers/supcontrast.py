@@ -52,9 +52,11 @@ VARIANTS = (
         (
             "its default network is a ResNet-50",
             "the loss is read back in every batch",
-            "prepared batches: not augmented in its time",
+            "prepared batches: not augmented in its time, where ours makes two SimCLR views",
         ),
-        reason="it trains without an adversary",
+        counterpart="supcon",
+        # Its own default temperature, at which its loss has the factor 1.
+        settings={"loss": {"temperature": 0.07, "scale": 1.0}, "optim": {"lr": 0.05}},
         forwards={"train": (0, 1)},
         cudnn_benchmark=True,
     ),
