@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import machine, method_cases, turns
+from bench.compare import METHODS
 from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
 
 SCHEMA, KIND, WIDTH = 1, "make bench", 120
-ORDER = ("test_attack", "test_steps", "test_methods", "test_end_to_end", "test_evaluation", "test_data", "test_kernels")
+ORDER = ("test_attack", "test_steps", METHODS, "test_end_to_end", "test_evaluation", "test_data", "test_kernels")
 FOLDER = Path(__file__).parent
 # Of the first table: their peers are the naive code and its second rung.
 MAIN, RUNGS = ("test_attack", "test_whole_step"), ("naive", "second_rung")
-METHODS, EPOCH_IMAGES = "test_methods", 50_000
+EPOCH_IMAGES = 50_000
 Entry = dict[str, Any]
 ENTRIES, ENVIRONMENT, FAILED = pytest.StashKey[list[Entry]](), pytest.StashKey[Entry](), pytest.StashKey[list[str]]()
 

@@ -1,4 +1,4 @@
-"""The training step of every packaged recipe on random images of CIFAR-10's shape: what each method costs on the engine.
+"""The training step of every packaged recipe for CIFAR-10, on random images: what each method costs on the engine.
 
 Each as its recipe has it (attack, views, heads, BatchNorm sets, optimiser, weight average), all at one batch size and precision.
 """
@@ -25,7 +25,7 @@ from fastanchor.train.throughput import StepCost, step_cost
 # PGD-AT is what all others are read against: adversarial training and nothing besides.
 BASE = "pgd_at"
 # Recipes that reach another cost than their method's own.
-MORE = ("fgsm_rs", "nfgsm", "pgd_at_awp", "trades_awp")
+MORE = ("fgsm_rs", "nfgsm", "pgd_at_awp", "pgd_at_rice", "trades_awp")
 LEFT_OUT = {"clead_code": "its loss needs a trained network as loss.source"}
 RECIPES = (BASE, *sorted(name for name in (*METHODS, *MORE) if name != BASE and name not in LEFT_OUT))
 # AdvCL's finest clustering has 500 clusters, each of which needs an image.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import method_cases, plot_draw, plot_read, program
+from bench.compare import METHODS
 from bench.gpu_common import CIFAR_IMAGES
 from bench.plot_draw import Dot, Line, Panel
 from bench.plot_read import Row, Run
@@ -167,7 +168,9 @@ def epochs(run: Run) -> Found:
         panels, size = list(_bench_epochs(run)), _size(run).rpartition(", ")[0]  # the steps are in the titles
         rounds = _rounds(entry["stats"] for entry in naive_entries(run))
         if not panels:
-            yield f"{run.path}: no seconds an epoch: the file does not say how many images a step had"
+            unknown = "the file does not say how many images a step had"
+            why = unknown if naive_entries(run) else "no benchmark in it has naive code beside it"
+            yield f"{run.path}: no seconds an epoch: {why}"
             return
     else:
         return
@@ -250,7 +253,7 @@ def _bench_epochs(run: Run) -> Iterator[Panel]:
 def costs(run: Run) -> Found:
     """The step of every recipe over PGD-AT's, and what that would be by FLOPs alone."""
     if run.kind == "make bench":
-        entry = next((entry for entry in run.found["benchmarks"] if entry["name"] == "test_methods"), None)
+        entry = next((entry for entry in run.found["benchmarks"] if entry["name"] == METHODS), None)
         found = {} if entry is None else _bench_costs(entry["extra_info"])
         title, rounds = entry and f"{entry['group']}, {precision_of(entry)}", _rounds([entry["stats"]] if entry else [])
     elif run.kind == "bench.gpu":

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench.compare import IDENTITY
+from bench import method_cases
+from bench.compare import IDENTITY, METHODS
 from bench.plot_read import AHEAD_OF_TIME, Row, Run
 from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
 
@@ -23,6 +24,7 @@ PARTS = {
     "attack": "The attack alone", "steps": "The whole training step", "data": "Input pipelines", "evaluation": "Evaluation",
     "supcon_speed": "The contrastive loss with its gradient", "small": "Small kernels", "convs": "Convolutions",
     "refresh": "Refresh of the folded weights", "kernels": "Kernels and launches", "peers": "Public code beside ours",
+    "methods": "What each method costs: its step over PGD-AT's",
     "correctness": "Correctness of the fast paths", "supcon": "Correctness of the contrastive kernels", "training": "Training",
     "sanitizer": "compute-sanitizer", "seeds": "Seeds", "summary": "What the seeds show",
 }  # fmt: skip
@@ -248,7 +250,7 @@ def _bench(run: Run) -> Iterator[str]:
     if settings:
         yield from [f"Sizes: {', '.join(f'{key} {value}' for key, value in settings.items())}.", ""]
     lines = []
-    for entry in run.found["benchmarks"]:
+    for entry in (entry for entry in run.found["benchmarks"] if entry["name"] != METHODS):
         info, stats = entry["extra_info"], entry["stats"]
         what = f"{entry['group'] or entry['name']} [{entry['name'].partition('[')[2]}" if "[" in entry["name"] else entry["group"]
         span = [1e3 * stats["min"], 1e3 * stats["max"]]
@@ -263,13 +265,28 @@ def _bench(run: Run) -> Iterator[str]:
                     else ""
                 )
                 lines.append(["", peer.replace("_", " "), _with_range(1e3 * seconds, span), "", ratio])
-    yield from table(["what", "who", "ms", "rounds", "its time over the engine's"], lines)
+    if lines:
+        yield from table(["what", "who", "ms", "rounds", "its time over the engine's"], lines)
+    for entry in (entry for entry in run.found["benchmarks"] if entry["name"] == METHODS):
+        yield from _methods(entry)
     left_out = {
         f"{name}: {why}" for entry in run.found["benchmarks"] for name, why in (entry["extra_info"].get("left_out") or {}).items()
     }
     yield from (line for text in sorted(left_out) for line in (f"Left out: {text}.", ""))
     failed = run.found.get("fastanchor", {}).get("failed") or []
     yield from (line for name in failed for line in (f"FAILED: {name}", ""))
+
+
+def _methods(entry: Row) -> Iterator[str]:
+    """What the step of each recipe costs beside PGD-AT's: all of them the engine's."""
+    info, stats = entry["extra_info"], entry["stats"]
+    lines = [[method_cases.BASE, _with_range(1e3 * stats["median"], [1e3 * stats["min"], 1e3 * stats["max"]]), "", ""]]
+    for name, flops in info["flops_ratio"].items():
+        span = [1e3 * s for s in info[f"{name}_range_s"]]
+        ratio = _ratio(info[f"{name}_ratio_median"], info[f"{name}_ratio_range"])
+        lines.append([name, _with_range(1e3 * info[f"{name}_median_s"], span), ratio, f"{flops:.2f}"])
+    yield from [f"{entry['group']}, {info['precision']}, {stats['rounds']} rounds:", ""]
+    yield from table(["recipe", "ms", f"its time over {method_cases.BASE}'s", "what that would be by FLOPs"], lines)
 
 
 def _ladder(run: Run) -> Iterator[str]:

@@ -27,6 +27,8 @@ PROGRAMS = (
     "bench.gpu, bench.peers, bench.speedrun, bench.ladder, bench.compare, bench.aot, bench.agreement, make bench or fastanchor "
     "bench-data"
 )
+# Keys of `make bench` that begin with a recipe's name: a schema cannot ask for them.
+OF_A_RECIPE = ("median_s", "range_s", "ratio_median", "ratio_range")
 # A range and its median come out of the same numbers, but JSON's decimals may be another program's.
 ROUNDING = 1e-9
 
@@ -53,6 +55,10 @@ def validate(found: dict[str, Any]) -> None:
         while error.context:  # of anyOf and the like, the alternative that came closest
             error = min(error.context, key=lambda inner: (-len(inner.absolute_path), inner.validator == "type"))
         raise UserError(f"{_place(found, list(error.absolute_path))}: {_expected(error)}")
+    for i, entry in enumerate(found["benchmarks"] if name == "bench" else ()):
+        needed = (f"{recipe}_{key}" for recipe in entry["extra_info"].get("flops_ratio", ()) for key in OF_A_RECIPE)
+        if missing := [key for key in needed if key not in entry["extra_info"]]:
+            raise UserError(f"{_place(found, ['benchmarks', i, 'extra_info'])}: {missing[0]!r} is missing")
     for where, span, key, value in _ranges(found, []):
         low, high = span
         if low > high:

@@ -1,4 +1,4 @@
-"""The training step of every packaged recipe in turns with PGD-AT's: what a method costs on the engine. CPU figures."""
+"""The step of every packaged recipe for CIFAR-10 in turns with PGD-AT's: what a method costs on the engine. CPU figures."""
 
 from __future__ import annotations
 

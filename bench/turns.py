@@ -1,6 +1,6 @@
 """What the suites of `make bench` share: their sizes, and peers that take turns with the engine, round by round in one process.
 
-Each benchmark's extra_info says what was compared; bench/README.md lists its fields. CPU figures.
+Each benchmark's extra_info says what was compared; schemas/bench.json describes its fields. CPU figures.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Sizes:
     evaluation_batch: int = 125
     evaluation_steps: int = 20
     evaluation_rounds: int = 3
-    # Narrow again: a round has the steps of fifteen recipes.
+    # Narrow again: a round has a step of every recipe.
     method_width: int = 16
     method_rounds: int = 5
     data_images: int = 5120

@@ -53,8 +53,8 @@ def measure_ceilings(device: str | torch.device, *, seconds: float | None = None
 
 
 def share_text(share: float) -> str:
-    """A share of a ceiling for people, 1 being all: `40 %`, or PASSED where it rounds to more than all, which nothing can be."""
-    return PASSED if share >= 1.005 else f"{share:.0%}".replace("%", " %")
+    """A share of a ceiling for people, 1 being all: `40 %`, `0.31 %`, or PASSED where it rounds to more than all."""
+    return PASSED if share >= 1.005 else f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.2g} %"
 
 
 def matmul_rate(device: str | torch.device, dtype: torch.dtype, *, seconds: float | None = None) -> float:

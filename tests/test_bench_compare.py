@@ -306,6 +306,17 @@ def test_peers_of_make_bench_have_ranges_and_a_benchmark_that_fails_is_noticed(t
     assert (status, row["timing"], row["verdict"]) == (0, "naive", "yardstick")
     assert row["ratio_range"] == pytest.approx([2 * 0.9 / 1.1, 2 * 1.1 / 0.9])
 
+    # Beside PGD-AT stand the engine's other recipes: no yardsticks.
+    def methods(found):
+        found["benchmarks"][0]["name"] = "test_methods"
+
+    pair = (
+        suite_file(tmp_path / "c.json", methods),
+        suite_file(tmp_path / "d.json", lambda found: (methods(found), slower(found))),
+    )
+    status, found = compared(tmp_path, *pair)
+    assert (status, [row["verdict"] for row in found["rows"] if row["verdict"]]) == (1, ["slower"])
+
     def gone(found):
         found["benchmarks"] = [entry for entry in found["benchmarks"] if entry["name"] != "test_attack[bf16]"]
 

@@ -57,6 +57,13 @@ def test_an_order_to_stop_is_no_failure(bench, monkeypatch, order):
     assert written(bench) == ([], {"first": "stopped"})
 
 
+@pytest.mark.parametrize("budget", ["0", "nan", "inf", "1e300"])
+def test_a_budget_is_a_number_of_seconds_that_a_clock_takes(budget, capsys):
+    with pytest.raises(SystemExit):
+        gpu.parse(["--budget", budget])
+    assert f"--budget {float(budget):g}: must be > 0 and at most" in capsys.readouterr().err
+
+
 def test_no_share_above_all_is_shown(bench, capsys):
     def tables(*shares):
         for share in shares:

@@ -1,22 +1,25 @@
 """The benchmark of every method's step: nothing is missing from it, it times what a training does, and its rows say so."""
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from test_bench import make_bench
 
-from bench import gpu_methods, method_cases, plot_draw, plots
+from bench import gpu_methods, method_cases, plot_draw, plots, record_text
 from bench.plot_read import Run
 from fastanchor.methods import METHODS
-from fastanchor.settings import load_recipe
+from fastanchor.settings import load_recipe, recipe_names
 
 CPU = torch.device("cpu")
 
 
 def test_every_method_is_timed_or_left_out_with_its_reason():
     assert {load_recipe(name).method for name in method_cases.RECIPES} == METHODS.keys() - method_cases.LEFT_OUT.keys()
-    assert method_cases.RECIPES[0] == method_cases.BASE and len(set(method_cases.RECIPES)) == len(method_cases.RECIPES)
+    assert method_cases.RECIPES[0] == method_cases.BASE
+    packaged = [name for name in recipe_names() if name.endswith("_cifar10")]
+    assert sorted(f"{name}_resnet18_cifar10" for name in (*method_cases.RECIPES, *method_cases.LEFT_OUT)) == packaged
 
 
 @pytest.mark.parametrize("name", method_cases.RECIPES)
@@ -58,14 +61,26 @@ def test_a_step_trains_on_the_batch_and_leaves_the_weights(monkeypatch):
 
 
 def test_rows_of_a_gpu_run_are_read_against_pgd_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_methods.method_cases, "RECIPES", ("pgd_at", "standard"))
+    monkeypatch.setattr(gpu_methods.method_cases, "RECIPES", ("pgd_at", "none_such", "standard"))
+    steps, held, step_class, tidy = weakref.WeakSet(), [], method_cases.TrainStep, gpu_methods.Bench.tidy
+
+    def make(*args):
+        step = step_class(*args)
+        steps.add(step)
+        return step
+
+    monkeypatch.setattr(method_cases, "TrainStep", make)
+    monkeypatch.setattr(gpu_methods.Bench, "tidy", lambda bench: (tidy(bench), held.append(len(steps))))
     # Three seconds a step of the base, six of the other.
     monkeypatch.setattr(
         gpu_methods, "interleaved", lambda calls, device, **_: {name: [3.0, 3.0] if name else [6.0, 6.0] for name in calls}
     )
     bench = make_bench(tmp_path)
     gpu_methods.run(bench)
-    left_out, base, other = bench.results.rows("methods")
+    left_out, base, failed, other = bench.results.rows("methods")
+    # The memory of a step and its graph is given back before the next one is made: the base's alone is kept.
+    assert held == [1, 1, 1]
+    assert failed["name"] == "none_such" and "UserError" in failed["error"]
     assert left_out["name"] == "clead_code" and "loss.source" in left_out["left_out"]
     assert (base["name"], base["flops_ratio"]) == ("pgd_at", 1)
     assert (other["name"], other["cost"], other["ms"]) == ("standard", 2, 6000)
@@ -75,10 +90,11 @@ def test_rows_of_a_gpu_run_are_read_against_pgd_at(tmp_path, monkeypatch):
 
 
 def test_the_figure_puts_what_was_measured_beside_the_flops():
-    stats = {"rounds": 5}
+    stats = {"rounds": 5, "median": 0.5, "min": 0.4, "max": 0.6}
     info = {"precision": "bf16", "flops_ratio": {"trades": 1.2, "standard": 0.1}}
     info |= {"trades_ratio_median": 1.3, "trades_ratio_range": [1.25, 1.4]}
     info |= {"standard_ratio_median": 0.2, "standard_ratio_range": [0.15, 0.25]}
+    info |= {"trades_median_s": 0.65, "trades_range_s": [0.6, 0.7], "standard_median_s": 0.1, "standard_range_s": [0.05, 0.2]}
     entry = {"name": "test_methods", "group": "training step", "params": None, "stats": stats, "extra_info": info}
     row = {"part": "methods", "batch": 8, "precision": "bf16", "graph": "on", "rounds": 5}
     rows = [{**row, "name": "pgd_at", "cost": 1.0, "cost_range": [1.0, 1.0], "flops_ratio": 1.0}]
@@ -101,5 +117,9 @@ def test_the_figure_puts_what_was_measured_beside_the_flops():
         ((ax,), texts) = figure.axes, [text.get_text() for text in figure.axes[0].texts]
         assert name == "methods" and [label.get_text() for label in ax.get_yticklabels()] == ["standard", "trades"]
         assert texts == ["0.20", "0.10", "1.30", "1.20"]
+    # A record's table: no other code stands there, so nothing is "the engine".
+    text = "\n".join(record_text._bench(Run(Path("bench.json"), "make bench", {"benchmarks": [entry]}, "CPU: any")))
+    assert "| pgd_at | 500 (400 to 600) |  |  |" in text and "engine" not in text
+    assert "| trades | 650 (600 to 700) | 1.30 (1.25 to 1.40) | 1.20 |" in text
     (sentence,) = plots.costs(Run(Path("bench.json"), "make bench", {"benchmarks": []}, "CPU: any"))
     assert "bench.json" in sentence and "other methods" in sentence
