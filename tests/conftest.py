@@ -1,6 +1,8 @@
 """What the tests share: the `gpu` mark, a hypothesis profile without deadlines, a tiny model and a run folder holding it."""
 
 import dataclasses
+import functools
+import gc
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 
 from fastanchor import settings
 from fastanchor.config import Config
+from fastanchor.data import sources
 from fastanchor.models import build_model
 from fastanchor.train import checkpoint
 from fastanchor.train.run import RunDir, model_from_config
@@ -27,6 +30,28 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """What stands before a module stays to the end: each collection would look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def synthetic_images_made_once():
+    """Making them takes 0.2 s, and hundreds of trainings begin with it; every test gets its own copy. Yields what makes them."""
+    real = sources._synthetic
+    make = functools.cache(real)
+
+    def copied(split_seed):
+        made = make(split_seed)
+        return dataclasses.replace(made, train_images=made.train_images.copy(), test_images=made.test_images.copy())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_synthetic", copied)
+        yield real
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from graph_emulator import Emulator
 
-from bench import cases, gpu, gpu_attack, gpu_correctness, gpu_tables, ladder, naive, program, timing
+from bench import cases, gpu, gpu_attack, gpu_correctness, gpu_tables, ladder, naive, program, schema, timing
 from bench.gpu_common import NEEDS_CUDA, Bench
 from bench.results import OutOfTime, Results, time_box
 from fastanchor.attacks import engine
@@ -133,7 +133,7 @@ def test_a_quick_run_covers_every_part(tmp_path, capsys):
         gpu.main(["--quick", "--out", str(tmp_path), "--only", "environment,attack,steps,benchmark,convs,kernels,training"]) == 0
     )
     assert torch.backends.cudnn.benchmark == before
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    found = schema.load(tmp_path / "gpu.json")
     assert {part["status"] for part in found["parts"].values()} == {"done"} and len(found["parts"]) == 7
     rows = found["results"]
     left_out = {(row["part"], row["name"]) for row in rows if row.get("left_out") == NEEDS_CUDA}

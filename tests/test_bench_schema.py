@@ -41,7 +41,7 @@ def test_all_records_are_valid():
 
 
 def test_what_bench_gpu_writes_is_valid(tmp_path):
-    parts = "environment,attack,steps,small,kernels,sanitizer"
+    parts = "environment,small,sanitizer"  # the others' rows are held to it where they are run, in test_bench.py
     assert gpu.main(["--quick", "--device", "cpu", "--only", parts, "--out", str(tmp_path)]) == 0
     found = schema.load(tmp_path / "gpu.json")
     assert {row["part"] for row in found["results"]} >= set(parts.split(","))
@@ -156,6 +156,20 @@ def test_wrong_input_pipelines_are_named(path, value, says):
     refused(changed(found, path, value), says)
     found["rows"][1] = {key: found["rows"][1][key] for key in ("name", "backend", "flags", "workers", "decoder")}
     schema.validate(changed(found, ("rows", 1, "left_out"), "no room"))
+
+
+def test_a_recipe_whose_cost_is_not_there_is_named():
+    found = bench_files.bench_file()
+    entry = found["benchmarks"][0]
+    entry["name"], info = "test_methods", entry["extra_info"]
+    info["precision"] = "bf16"
+    with pytest.raises(UserError, match="'flops_ratio' is missing"):
+        schema.validate(found)
+    info["flops_ratio"] = {"naive": 2.0}
+    schema.validate(found)
+    info["flops_ratio"]["trades"] = 1.2
+    with pytest.raises(UserError, match=r"extra_info \(test_methods\): 'trades_median_s' is missing"):
+        schema.validate(found)
 
 
 def test_an_outcome_may_be_nan_and_a_left_out_row_needs_nothing():

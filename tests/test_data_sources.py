@@ -52,6 +52,11 @@ def arrays(train=60, test=30, classes=3, **changes):
     return {key: value for key, value in content.items() if value is not None}
 
 
+@pytest.fixture(autouse=True)
+def synthetic_images_made_anew(synthetic_images_made_once, monkeypatch):
+    monkeypatch.setattr(sources, "_synthetic", synthetic_images_made_once)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A function that writes an .npz file and gives its source string."""

@@ -221,7 +221,7 @@ def test_noise_is_a_function_of_the_seed_and_not_of_layout_or_blocks(kind, norm,
     assert not torch.equal(first, noise.start_noise(images, 0.1, torch.tensor([8]), kind, norm))
     # A part of the batch draws what it draws in the whole.
     assert torch.equal(first[:2], noise.start_noise(images[:2], 0.1, torch.tensor([7]), kind, norm))
-    monkeypatch.setattr(noise, "BLOCK", 32)
+    monkeypatch.setattr(noise, "BLOCK", 64)
     # l2 norms are summed in another order then.
     torch.testing.assert_close(first, noise.start_noise(images, 0.1, torch.tensor([7]), kind, norm), rtol=0, atol=1.2e-7)
 

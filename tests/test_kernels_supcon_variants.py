@@ -30,7 +30,7 @@ def on_the_interpreter():
 @pytest.mark.parametrize("case", supcon_cases.CASES)
 def test_every_option_in_every_regime(case, regime, precision):
     """By one program for each block of rows, which goes over all column tiles; small batches are else split to one tile each."""
-    u, y, options = supcon_cases.batch(case, regime, 130, 32, torch.device("cpu"))
+    u, y, options = supcon_cases.batch(case, regime, 66, 32, torch.device("cpu"))
     check(u, y, precision=precision, splits=1, **options)
 
 
@@ -40,7 +40,7 @@ def test_every_option_in_every_regime(case, regime, precision):
 @pytest.mark.parametrize("k", [1, 3, 8, 63])
 @pytest.mark.parametrize("normalizer", ["sum", "count"])
 def test_topk(k, normalizer):
-    check(*data("random", 130, 32), weight="topk", k=k, normalizer=normalizer)
+    check(*data("random", 66, 32, classes=4), weight="topk", k=k, normalizer=normalizer)
     check(*data("mid", 66, 32, classes=2), weight="topk", k=k, normalizer=normalizer, detach_weights=False)
 
 
@@ -123,7 +123,7 @@ def test_biased_negatives_of_one_class_or_none():
 @pytest.mark.parametrize("temperature", [0.02, 0.005, 0.001])
 @pytest.mark.parametrize("regime", ["random", "mid", "trained"])
 def test_low_temperatures(regime, temperature):
-    u, y = data(regime, 130, 32)
+    u, y = data(regime, 66, 32)
     check(u, y, temperature=temperature)
     check(u, y, temperature=temperature, normalizer="count", detach_weights=False, hard_negative_beta=1.0, splits=1)
 

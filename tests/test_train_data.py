@@ -1,6 +1,7 @@
 """Training on every data backend: the same bits from arrays, files that stay files, resume, samplers and extra images."""
 
 import gc
+import shutil
 import weakref
 
 import numpy as np
@@ -226,7 +227,7 @@ def test_a_stage_gives_its_memory_back_before_the_next_begins(backend, tmp_path,
     monkeypatch.setattr(feeds, "open_feed", watched)
     monkeypatch.setattr(loop, "check_device", lambda *args: None)
     flags = ["--stage2.mode", "alf", "--stage2.epochs", "1", "--data.workers", "0", "--engine.graph", "on"]
-    config = config_of("--epochs", "1", "--data.backend", backend, *flags)
+    config = config_of("--epochs", "1", "--data.limit", "60", "--data.backend", backend, *flags)
     gc.collect()
     gc.disable()
     try:
@@ -242,7 +243,8 @@ def test_a_resumed_run_keeps_the_backend_that_auto_chose(augment, photographs, t
     """Its bits are the backend's, and memory is another every time."""
     config = files_config(photographs, "--data.workers", "0", "--data.augment", augment, "--data.image-size", "48")
     monkeypatch.setattr(feeds, "free_memory", lambda device: 10**9)
-    whole, cut = (trained(tmp_path / name, config) for name in ("whole", "cut"))
+    whole, cut = trained(tmp_path / "whole", config), RunDir(tmp_path / "cut")
+    shutil.copytree(whole.path, cut.path)
     monkeypatch.setattr(feeds, "free_memory", lambda device: 1000)
     (cut.checkpoints / "previous.pt").replace(cut.checkpoints / "last.pt")
     train_and_judge(config, cut, resume=True, reporter=Reporter())
@@ -282,7 +284,7 @@ def test_narrow_networks_on_photographs_are_refused_on_a_cpu(photographs, tmp_pa
 
 
 def test_samplers_and_extra_images(tmp_path):
-    base = config_of("--epochs", "1", "--data.workers", "0")
+    base = config_of("--epochs", "1", "--data.limit", "100", "--data.workers", "0")
     extra = tmp_path / "extra.npz"
     rng = np.random.RandomState(0)
     np.savez(extra, image=rng.randint(0, 256, (300, 32, 32, 3)).astype(np.uint8), label=rng.randint(0, 10, 300))
