@@ -22,6 +22,7 @@ from rich.table import Table
 
 from bench import machine, method_cases, turns
 from bench.compare import METHODS
+from bench.gpu_common import CIFAR_IMAGES
 from fastanchor.ceilings import PASSED, WHY_PASSED, share_text
 
 SCHEMA, KIND, WIDTH = 1, "make bench", 120
@@ -29,7 +30,6 @@ ORDER = ("test_attack", "test_steps", METHODS, "test_end_to_end", "test_evaluati
 FOLDER = Path(__file__).parent
 # Of the first table: their peers are the naive code and its second rung.
 MAIN, RUNGS = ("test_attack", "test_whole_step"), ("naive", "second_rung")
-EPOCH_IMAGES = 50_000
 Entry = dict[str, Any]
 ENTRIES, ENVIRONMENT, FAILED = pytest.StashKey[list[Entry]](), pytest.StashKey[Entry](), pytest.StashKey[list[str]]()
 
@@ -166,7 +166,7 @@ def _method_table(entry: Entry) -> Table:
 
 
 def _epoch_seconds(seconds: float, info: Entry) -> str:
-    return f"{seconds * EPOCH_IMAGES / info['images']:,.0f}"
+    return f"{seconds * CIFAR_IMAGES / info['images']:,.0f}"
 
 
 def _share_of_matmul(entry: Entry) -> str:

@@ -10,16 +10,13 @@ from collections.abc import Callable
 import torch
 
 from bench import cases
+from fastanchor.bench_sizes import resting_step
 from fastanchor.config import Config
 from fastanchor.data.feeds import feed_spec
 from fastanchor.data.resident import ResidentFeed
 from fastanchor.data.sources import ImageSet, Split
 from fastanchor.methods import METHODS
 from fastanchor.settings import load_recipe, parse_flags
-from fastanchor.train.optim import WeightAverage, build_optimizer, set_learning_rate
-from fastanchor.train.run import model_from_config
-from fastanchor.train.stages import stage_method
-from fastanchor.train.step import TrainStep
 from fastanchor.train.throughput import StepCost, step_cost
 
 # PGD-AT is what all others are read against: adversarial training and nothing besides.
@@ -51,21 +48,11 @@ def make_config(name: str, batch: int, *, precision: str, graph: str = "off", wi
 def make_step(config: Config, images: ImageSet, device: torch.device) -> tuple[Callable[[], None], StepCost]:
     """(a call that trains on one batch, what the algorithm needs for one image of it).
 
-    The learning rate is 0: a training that diverges would be timed on other numbers than one that does not.
+    The weights stay, as `resting_step` says.
     """
-    torch.manual_seed(0)
-    bn_sets = METHODS[config.method].bn_sets
-    model = model_from_config(config, images.num_classes, (0.5,) * 3, (0.25,) * 3, bn_sets).to(device)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    method = stage_method(config, 1, images, model, device)
-    method.start_epoch(1, model)
-    optimizer = build_optimizer(method.trainable(model), config.optim)
-    set_learning_rate(optimizer, 0.0)
-    average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-    feed = ResidentFeed(images.train, feed_spec(config.data, method.drawn, method.indexed, device))
-    step = TrainStep(config, method, model, optimizer, average, device, feed.load)
-    step.reset({"augment": 0, "attack": 1})
-    cost = step_cost(method, model, images.image_shape)
+    step = resting_step(config, images, device, lambda *batch: feed.load(*batch))
+    step.method.start_epoch(1, step.model)
+    feed = ResidentFeed(images.train, feed_spec(config.data, step.method.drawn, step.method.indexed, device))
+    cost = step_cost(step.method, step.model, images.image_shape)
     indices = torch.arange(config.batch_size, device=device)
     return lambda: step(indices, progress=0.0), cost.perturbed() if config.optim.awp_gamma > 0 else cost

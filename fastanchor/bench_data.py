@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastanchor import environment, pipes
-from fastanchor.bench_sizes import cpu_sized, network, step_flops, view_names
+from fastanchor.bench_sizes import cpu_sized, network, resting_step, step_flops, view_names
 from fastanchor.config import Config
 from fastanchor.data import dali, feeds, views
 from fastanchor.data.decode import threads
@@ -36,8 +36,6 @@ from fastanchor.settings import to_dict
 from fastanchor.train.checks import check_config, check_device
 from fastanchor.train.loop import cudnn_benchmark
 from fastanchor.train.memory import check_narrow_convolutions, explain_out_of_memory
-from fastanchor.train.optim import WeightAverage, build_optimizer, set_learning_rate
-from fastanchor.train.stages import stage_method
 from fastanchor.train.step import TrainStep
 
 SCHEMA, KIND = 1, "bench-data"
@@ -288,26 +286,13 @@ class _Run:
         return ceiling, {kind: functools.partial(_try, step) for kind, step in steps.items()}
 
     def _step(self, load: Callable) -> TrainStep:
-        config = self.config
-        torch.manual_seed(config.seed)
-        model = network(config, self.images.num_classes).to(self.device)
-        if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        method = stage_method(config, 1, self.images, model, self.device)
-        optimizer = build_optimizer(method.trainable(model), config.optim)
-        # The weights stay: a training that diverges would be timed on other numbers than one that does not.
-        set_learning_rate(optimizer, 0.0)
-        average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
-        more = self.names[len(method.drawn) :]
-
         def loaded(*batch: Tensor):
             given, labels = load(*batch)
-            for name in more:  # views that this recipe has no use for, asked for all the same
+            for name in self.names[len(step.method.drawn) :]:  # views that this recipe has no use for, asked for all the same
                 self._view(given, name, step.generators["augment"])
             return given, labels
 
-        step = TrainStep(config, method, model, optimizer, average, self.device, loaded)
-        step.reset({"augment": config.seed, "attack": config.seed + 1})
+        step = resting_step(self.config, self.images, self.device, loaded)
         return step
 
     def _fitting(self, round_s: float, budget: float) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""What `fastanchor bench-data` feeds: the views of every image, and a training step that is cut down to size on a CPU."""
+"""What `fastanchor bench-data` feeds: the views of every image, and a training step, cut down to size on a CPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from fastanchor.data.sources import ImageSet
 from fastanchor.errors import UserError
 from fastanchor.methods import build_method, method_class
 from fastanchor.models import RobustClassifier
+from fastanchor.train.optim import WeightAverage, build_optimizer, set_learning_rate
 from fastanchor.train.run import model_from_config
 from fastanchor.train.stages import stage_method
+from fastanchor.train.step import TrainStep
 from fastanchor.train.throughput import step_cost
 
 # What a step of the usual recipe is cut down to on a CPU, unless said otherwise: half a second or so on two cores.
@@ -56,3 +58,21 @@ def step_flops(config: Config, images: ImageSet) -> int:
     """What a training step needs for one image of the set, in FLOPs."""
     model = network(config, images.num_classes)
     return step_cost(stage_method(config, 1, images, model, torch.device("cpu")), model, images.image_shape).total
+
+
+def resting_step(config: Config, images: ImageSet, device: torch.device, load: Callable) -> TrainStep:
+    """The step of the first stage on a network of its own, to be timed: it does all that it does, and the weights stay.
+
+    A training that diverges would be timed on other numbers than one that does not. load: as of TrainStep. Raises UserError.
+    """
+    torch.manual_seed(config.seed)
+    model = network(config, images.num_classes).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    method = stage_method(config, 1, images, model, device)
+    optimizer = build_optimizer(method.trainable(model), config.optim)
+    set_learning_rate(optimizer, 0.0)
+    average = WeightAverage(model, config.optim.ema_decay) if config.optim.ema_decay > 0 else None
+    step = TrainStep(config, method, model, optimizer, average, device, load)
+    step.reset({"augment": config.seed, "attack": config.seed + 1})
+    return step

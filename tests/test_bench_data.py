@@ -196,7 +196,7 @@ class Counted(TrainStep):
 
 def measured(monkeypatch, *flags, **options):
     """A run of two short rounds, and the batches that the steps were given."""
-    monkeypatch.setattr(bench_data, "TrainStep", Counted)
+    monkeypatch.setattr(bench_sizes, "TrainStep", Counted)
     monkeypatch.setattr(pipes, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(pipes, "MOST", 2)
     Counted.made, said = [], []

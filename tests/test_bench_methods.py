@@ -9,6 +9,7 @@ from test_bench import make_bench
 
 from bench import gpu_methods, method_cases, plot_draw, plots, record_text
 from bench.plot_read import Run
+from fastanchor import bench_sizes
 from fastanchor.methods import METHODS
 from fastanchor.settings import load_recipe, recipe_names
 
@@ -33,7 +34,7 @@ def test_a_configuration_is_the_recipes(name):
 
 def test_a_step_trains_on_the_batch_and_leaves_the_weights(monkeypatch):
     taken, made = [], []
-    step_class = method_cases.TrainStep
+    step_class = bench_sizes.TrainStep
 
     class Watched(step_class):
         def __init__(self, *args):
@@ -44,7 +45,7 @@ def test_a_step_trains_on_the_batch_and_leaves_the_weights(monkeypatch):
             taken.append(batch[0].tolist())
             super().__call__(*batch, progress=progress)
 
-    monkeypatch.setattr(method_cases, "TrainStep", Watched)
+    monkeypatch.setattr(bench_sizes, "TrainStep", Watched)
     config = method_cases.make_config("trades_awp", 6, precision="fp32", width=4)
     call, cost = method_cases.make_step(config, method_cases.make_images(6, 16), CPU)
     before = {name: value.clone() for name, value in made[0].model.named_parameters()}
@@ -62,14 +63,14 @@ def test_a_step_trains_on_the_batch_and_leaves_the_weights(monkeypatch):
 
 def test_rows_of_a_gpu_run_are_read_against_pgd_at(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_methods.method_cases, "RECIPES", ("pgd_at", "none_such", "standard"))
-    steps, held, step_class, tidy = weakref.WeakSet(), [], method_cases.TrainStep, gpu_methods.Bench.tidy
+    steps, held, step_class, tidy = weakref.WeakSet(), [], bench_sizes.TrainStep, gpu_methods.Bench.tidy
 
     def make(*args):
         step = step_class(*args)
         steps.add(step)
         return step
 
-    monkeypatch.setattr(method_cases, "TrainStep", make)
+    monkeypatch.setattr(bench_sizes, "TrainStep", make)
     monkeypatch.setattr(gpu_methods.Bench, "tidy", lambda bench: (tidy(bench), held.append(len(steps))))
     # Three seconds a step of the base, six of the other.
     monkeypatch.setattr(
